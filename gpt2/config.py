@@ -1,0 +1,319 @@
+"""What is trained and how: the typed configuration of a run.
+
+Two trees that never share a section. `RunConfig` says *what*: it is read from conf/<name>.yaml, and each of its
+sections is hashed into the address of the stage it belongs to. `Runtime` says *how*, on what machine: it is never
+hashed, and "auto" in it means "look at the machine".
+
+Only pydantic here: this module is imported by everything and imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """Base of every configuration: immutable, and a name it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+# ---------------------------------------------------------------------------------------------------------- sources
+
+
+class HubFiles(Section):
+    """Parquet or JSON-lines files of a Hugging Face Hub data set, at one pinned revision."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="40-digit commit; a branch name can move")]
+    files: Annotated[
+        tuple[str, ...], Field(min_length=1, description="glob patterns inside the repository, in reading order")
+    ]
+    text_column: str = "text"
+
+
+class LocalFiles(Section):
+    """Files on this machine: parquet, jsonl (also .gz, .zst) or txt. Identified by content, not by place."""
+
+    kind: Literal["local"] = "local"
+    paths: Annotated[tuple[str, ...], Field(min_length=1, description="paths or glob patterns, in reading order")]
+    text_column: str = "text"
+
+
+class HubShards(Section):
+    """Ready-made token shards in llm.c's format from the Hub, e.g. kjj0/fineweb10B-gpt2."""
+
+    kind: Literal["hub-shards"] = "hub-shards"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    files: Annotated[tuple[str, ...], Field(min_length=1)] = ("*_val_*.bin", "*_train_*.bin")
+
+
+class LocalShards(Section):
+    """Ready-made token shards in llm.c's format on this machine; *_val_* is validation, the rest is training."""
+
+    kind: Literal["local-shards"] = "local-shards"
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class InstalledDocs(Section):
+    """English prose that every Python installation has: the interpreter's documentation topics, the docstrings of
+    the standard library, the long descriptions of the installed distributions. Differs between installations."""
+
+    kind: Literal["installed-docs"] = "installed-docs"
+    max_bytes: PositiveInt = 50_000_000
+
+
+CorpusSource = Annotated[
+    HubFiles | LocalFiles | HubShards | LocalShards | InstalledDocs, Field(discriminator="kind")
+]
+
+
+class DownloadConfig(Section):
+    source: CorpusSource
+
+
+class TokenizeConfig(Section):
+    """How text becomes token shards. The defaults are llm.c's: shard 0 is validation, 100M tokens a shard."""
+
+    tokenizer: Literal["gpt2"] = "gpt2"
+    prefix: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] = "fineweb"
+    shard_tokens: PositiveInt = 100_000_000
+    val_tokens: Annotated[PositiveInt | None, Field(description="tokens of shard 0; None: shard_tokens")] = None
+    on_bad_input: Annotated[
+        Literal["error", "skip"],
+        Field(description="a row group that cannot be read, a null or non-string row: stop, or skip and list it"),
+    ] = "error"
+
+
+# ------------------------------------------------------------------------------------------------------- benchmarks
+
+
+class HellaSwag(Section):
+    kind: Literal["hellaswag"] = "hellaswag"
+    source: Annotated[HubFiles | LocalFiles, Field(discriminator="kind")]
+    limit: Annotated[PositiveInt | None, Field(description="only the first so many examples")] = None
+
+
+class Continuation(Section):
+    """Multiple choice made from held-out text: the true continuation of a passage against three from other documents.
+
+    For where no benchmark can be had. Chance is 0.25; comparable only with itself on the same shards.
+    """
+
+    kind: Literal["continuation"] = "continuation"
+    examples: PositiveInt = 500
+    context_tokens: PositiveInt = 64
+    ending_tokens: PositiveInt = 24
+    seed: int = 42
+
+
+BenchmarkConfig = Annotated[HellaSwag | Continuation, Field(discriminator="kind")]
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+class ModelConfig(Section):
+    """GPT-2's architecture, in GPT-2's own names. Dropout is 0, as in every recipe here."""
+
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    block_size: PositiveInt = 1024
+    vocab_size: PositiveInt = 50257
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> ModelConfig:
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}: "
+                f"use {self.n_embd // self.n_head * self.n_head} or another number of heads"
+            )
+        return self
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """vocab_size rounded up to a multiple of 128, for the matrix units; the added rows are zero and never scored."""
+        return -(-self.vocab_size // 128) * 128
+
+    def n_params(self) -> int:
+        """Trainable parameters with the real vocabulary: 124,439,808 for GPT-2 124M. The head is tied to wte."""
+        c = self.n_embd
+        block = 12 * c * c + 13 * c  # qkv 3cc+3c, proj cc+c, fc 4cc+4c, proj 4cc+c, two LayerNorms 4c
+        return self.vocab_size * c + self.block_size * c + self.n_layer * block + 2 * c
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule (llm.c's recipe: scripts/run_gpt2_124M.sh)."""
+
+    max_lr: PositiveFloat
+    min_lr: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 700
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay_fraction: Annotated[Fraction, Field(description="wsd only: the last part of the steps decays linearly")] = 0.2
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    grad_clip: Annotated[PositiveFloat | None, Field(description="largest global gradient norm; None: no clipping")] = 1.0
+
+    @model_validator(mode="after")
+    def _floor_below_peak(self) -> OptimConfig:
+        if self.min_lr > self.max_lr:
+            raise ValueError(f"min_lr {self.min_lr} is above max_lr {self.max_lr}: lower min_lr")
+        return self
+
+
+class ValConfig(Section):
+    every: PositiveInt = 250
+    tokens: Annotated[PositiveInt, Field(description="the first so many tokens of the validation shard")] = 10_485_760
+
+
+class SampleConfig(Section):
+    """Text samples written during training, from `<|endoftext|>` alone or from a prompt."""
+
+    every: PositiveInt = 20_000
+    tokens: PositiveInt = 64
+    prompts: tuple[str, ...] = ("",)
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = 50
+
+
+class CheckpointConfig(Section):
+    every: PositiveInt = 5_000
+    keep_last: Annotated[PositiveInt, Field(description="the newest so many are kept; 2 or more survive a damaged one")] = 2
+    keep_every: Annotated[PositiveInt | None, Field(description="also keep each step divisible by this")] = None
+
+
+class AnomalyConfig(Section):
+    """What to do when a loss or gradient is not finite, or jumps (z-score over a window)."""
+
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    on_spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "warn"
+    window: PositiveInt = 128
+    loss_z: PositiveFloat = 6.0
+    grad_z: PositiveFloat = 6.0
+    max_skips: Annotated[PositiveInt, Field(description="stop after so many steps skipped or rolled back")] = 10
+
+
+class TrainConfig(Section):
+    model: ModelConfig
+    optim: OptimConfig
+    total_batch_size: Annotated[PositiveInt, Field(description="tokens per optimizer step, over all GPUs")] = 524_288
+    max_steps: PositiveInt
+    seed: int = 42
+    shuffle: Annotated[bool, Field(description="a fresh permutation of all sequences each epoch; else in file order")] = True
+    align_documents: Annotated[bool, Field(description="every sequence begins at a document's start")] = False
+    val: ValConfig = ValConfig()
+    benchmark: Annotated[str | None, Field(description="name under `benchmarks` to score while training")] = None
+    benchmark_every: PositiveInt = 250
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    anomalies: AnomalyConfig = AnomalyConfig()
+    init_from: Annotated[
+        str | None, Field(description="folder with a Hugging Face or llm.c GPT-2 to start from instead of random weights")
+    ] = None
+
+    @model_validator(mode="after")
+    def _arithmetic(self) -> TrainConfig:
+        if self.total_batch_size % self.model.block_size:
+            down = self.total_batch_size // self.model.block_size * self.model.block_size
+            raise ValueError(
+                f"total_batch_size {self.total_batch_size:,} tokens is not a multiple of block_size "
+                f"{self.model.block_size:,}: use {down or self.model.block_size:,}"
+            )
+        if self.optim.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps {self.optim.warmup_steps:,} does not end before max_steps {self.max_steps:,}: "
+                f"lower optim.warmup_steps or raise max_steps"
+            )
+        return self
+
+    @property
+    def sequences_per_step(self) -> int:
+        return self.total_batch_size // self.model.block_size
+
+
+# ----------------------------------------------------------------------------------------------- evaluation, report
+
+
+class EvaluateConfig(Section):
+    val_tokens: PositiveInt = 10_485_760
+    benchmarks: Annotated[tuple[str, ...], Field(description="names under `benchmarks`")] = ()
+
+
+class Published(Section):
+    """Figures somebody else published for this recipe, with where they stand; drawn beside ours."""
+
+    name: str
+    source: str
+    val_loss: float | None = None
+    hellaswag_acc_norm: float | None = None
+    hours: float | None = None
+    dollars: float | None = None
+    gpus: str | None = None
+
+
+class ReportConfig(Section):
+    title: str
+    dollars_per_gpu_hour: Annotated[float, Field(ge=0.0, description="0 leaves the cost out")] = 0.0
+    published: tuple[Published, ...] = ()
+
+
+class RunConfig(Section):
+    """All of *what*: one conf/<name>.yaml."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", description="of the recipe; names the MLflow run")]
+    download: DownloadConfig
+    tokenize: TokenizeConfig = TokenizeConfig()
+    benchmarks: dict[str, BenchmarkConfig] = {}
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig
+
+    @model_validator(mode="after")
+    def _benchmarks_exist(self) -> RunConfig:
+        wanted = [("train.benchmark", self.train.benchmark)] if self.train.benchmark else []
+        wanted += [("evaluate.benchmarks", name) for name in self.evaluate.benchmarks]
+        for field, name in wanted:
+            if name not in self.benchmarks:
+                raise ValueError(f"{field} names {name!r}, but benchmarks has only {sorted(self.benchmarks)}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------- runtime
+
+
+class Runtime(Section):
+    """All of *how*. Nothing here may change what is computed beyond rounding; none of it is hashed."""
+
+    store: Annotated[Path, Field(description="where every stage's directory lives")] = Path("store")
+    gpus: Annotated[int, Field(ge=0)] | Auto = "auto"
+    processes: Annotated[PositiveInt, Field(description="training processes where there is no GPU")] = 1
+    micro_batch_size: Annotated[PositiveInt | Auto, Field(description="sequences per forward pass and process")] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: bool | Auto = "auto"
+    sharding: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
+    activation_checkpointing: bool | Auto = "auto"
+    kernels: Annotated[
+        Literal["auto", "reference"], Field(description="reference: the plain path, no fused kernels")
+    ] = "auto"
+    tokenize_workers: PositiveInt | Auto = "auto"
+    tokenize_backend: Literal["auto", "tiktoken"] = "auto"
+    download_workers: PositiveInt = 8
+    log_every: PositiveInt = 10
+    verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = False
+    nodes: PositiveInt = 1
+    rendezvous: Annotated[str | None, Field(description="host:port of the c10d rendezvous, for nodes > 1")] = None
+
+    @field_validator("store")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()

@@ -1,0 +1,33 @@
+"""Looking at the machine, without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from functools import cache
+
+
+def cpu_count() -> int:
+    """Cores this process may use (affinity and cgroup-aware where Python is)."""
+    return len(os.sched_getaffinity(0))
+
+
+@cache
+def gpu_names() -> tuple[str, ...]:
+    """Names of the NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves; empty without a driver."""
+    if shutil.which("nvidia-smi") is None:
+        return ()
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "--query-gpu=index,uuid,name", "--format=csv,noheader"],
+            capture_output=True, text=True, check=True, timeout=60,
+        ).stdout  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    gpus = [tuple(part.strip() for part in line.split(",", 2)) for line in listing.splitlines() if line.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        wanted = [token.strip() for token in visible.split(",") if token.strip()]
+        gpus = [gpu for token in wanted for gpu in gpus if token == gpu[0] or gpu[1].startswith(token)]
+    return tuple(name for _, _, name in gpus)

@@ -1,0 +1,220 @@
+"""What a stage was asked (Request) and what it made (Manifest): the only things that travel between stages.
+
+A stage's *address* is `<stage>/<fingerprint>`. The fingerprint hashes the stage's name, its version, its section of
+the configuration and the addresses of its inputs, so every address is known before anything runs, and does not
+depend on where the store lies or on what machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError
+
+from gpt2.atomic import write_text
+from gpt2.config import Section
+from gpt2.errors import UserError
+
+M = TypeVar("M", bound=BaseModel)  # 3.11 has no def f[M]()
+
+REQUEST, RUNTIME, METRICS, PROVENANCE, MANIFEST = (
+    "request.json",
+    "runtime.json",
+    "metrics.jsonl",
+    "provenance.json",
+    "manifest.json",
+)
+
+
+def canonical(value: Any) -> str:
+    """JSON with one spelling: sorted keys, no spaces, no NaN. What fingerprints are taken of."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Request(Section):
+    """What one stage is asked to do; request.json in its directory."""
+
+    stage: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str] = {}
+    """role -> address, e.g. {"shards": "tokenize/0f3a..."}"""
+    hints: dict[str, Any] = {}
+    """where things lie on this machine, such as the paths of local files; not part of the address"""
+
+    @property
+    def address(self) -> str:
+        identity = canonical(self.model_dump(mode="json", exclude={"hints"}))
+        return f"{self.stage}/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+class FileEntry(Section):
+    path: str
+    """relative to the stage's directory, with forward slashes"""
+    size: int
+    sha256: str
+    mtime_ns: int
+    """only tells whether hashing again is worth while; never part of an identity"""
+
+
+# ------------------------------------------------------------------------------------------ facts, one model a stage
+
+
+class DownloadFacts(Section):
+    stage: Literal["download"] = "download"
+    kind: str
+    """of the source: hub, local, hub-shards, local-shards, installed-docs"""
+    text_column: str | None
+    files: tuple[str, ...]
+    """relative paths of the data files in reading order"""
+    total_bytes: int
+    origin: str
+    """for people: repository@revision, or where the files came from"""
+
+
+class Skipped(Section):
+    """Input that could not be used, when the configuration says to go on without it."""
+
+    file: str
+    row_group: int | None = None
+    rows: int
+    reason: str
+
+
+class ShardEntry(Section):
+    path: str
+    split: Literal["val", "train"]
+    tokens: int
+
+
+class TokenizeFacts(Section):
+    stage: Literal["tokenize"] = "tokenize"
+    tokenizer: str
+    backend: str
+    """which encoder made the ids and its version, e.g. "c-kernel, checked against tiktoken 0.14.0" """
+    documents: int | None
+    """None for ready-made shards that were adopted"""
+    train_tokens: int
+    val_tokens: int
+    shards: tuple[ShardEntry, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+
+class BenchmarkFacts(Section):
+    stage: Literal["benchmark"] = "benchmark"
+    kind: str
+    examples: int
+    chance: float
+    """accuracy of guessing"""
+    origin: str
+
+
+class TrainFacts(Section):
+    stage: Literal["train"] = "train"
+    steps: int
+    tokens: int
+    n_params: int
+    train_loss: float
+    """mean over the last 1 % of steps (at least one), nats a token"""
+    val_loss: float
+    """of the final weights, on the configured validation tokens"""
+    train_seconds: float
+    """inside optimizer steps, over all sessions; validation, benchmarks and checkpoints not counted"""
+    total_seconds: float
+    """of all sessions, everything counted"""
+    tokens_per_second: float
+    """median over steps"""
+    flops_per_token: float
+    mfu: float | None
+    """of the median step, or None where the peak of the device is not known"""
+    device: str
+    """e.g. "8 x NVIDIA A100-SXM4-80GB" or "cpu" """
+    world_size: int
+    precision: str
+    checkpoint: str
+    """relative path of the final checkpoint's folder"""
+
+
+class Score(Section):
+    acc: float
+    acc_norm: float
+    """acc by mean instead of summed log probability of the ending's tokens"""
+    examples: int
+    chance: float
+
+
+class EvaluateFacts(Section):
+    stage: Literal["evaluate"] = "evaluate"
+    val_loss: float
+    val_tokens: int
+    scores: dict[str, Score] = {}
+
+
+class ReportFacts(Section):
+    stage: Literal["report"] = "report"
+    headline: dict[str, float | str | None] = {}
+
+
+Facts = Annotated[
+    DownloadFacts | TokenizeFacts | BenchmarkFacts | TrainFacts | EvaluateFacts | ReportFacts,
+    Field(discriminator="stage"),
+]
+
+
+class Manifest(Section):
+    """manifest.json: the typed index of a finished stage's directory, and the one sign that it is finished."""
+
+    address: str
+    files: tuple[FileEntry, ...]
+    facts: Facts
+
+    def problems(self, directory: Path, *, deep: bool = False) -> list[str]:
+        """What no longer agrees with the files under `directory`: missing, of another size, or, where the time stamp
+        moved (`deep`: always), of another hash. Empty when all is well."""
+        found = []
+        for entry in self.files:
+            path = directory / entry.path
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                found.append(f"{path}: missing")
+                continue
+            if stat.st_size != entry.size:
+                found.append(f"{path}: {stat.st_size:,} bytes, the manifest says {entry.size:,}")
+            elif (deep or stat.st_mtime_ns != entry.mtime_ns) and sha256_file(path) != entry.sha256:
+                found.append(f"{path}: its sha256 is not the manifest's")
+        return found
+
+
+def file_entry(directory: Path, relative: str) -> FileEntry:
+    """Measure one file of a stage's directory."""
+    path = directory / relative
+    stat = path.stat()
+    return FileEntry(path=relative, size=stat.st_size, sha256=sha256_file(path), mtime_ns=stat.st_mtime_ns)
+
+
+def read_model(path: Path, model: type[M]) -> M:
+    """Read one of our JSON records.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it is not what this version writes.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise UserError(f"{path} is not a valid {model.__name__}: {error.errors()[0]['msg']}; delete it and run again") from error
+
+
+def write_model(path: Path, model: BaseModel) -> None:
+    write_text(path, model.model_dump_json(indent=2) + "\n")

@@ -1,0 +1,72 @@
+"""metrics.jsonl: one JSON object a line, the source of every curve and of every progress bar.
+
+Each line has `time` (Unix seconds, written once, so that a replay elsewhere is recognised) and `step` (an optimizer
+step for training, a unit of work elsewhere); every other number is a metric under its own name, "/" grouping them as
+MLflow's pages do. `done`, `total` and `unit` are for progress bars and are no metrics.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt2.atomic import atomic_write
+
+NOT_METRICS = frozenset({"time", "step", "done", "total", "unit"})
+
+
+class MetricsWriter:
+    """Appends lines to `path`; each line reaches the operating system before `write` returns."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut_torn_line(path)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, step: int, *, done: float | None = None, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+        """Append one line. Metric names with "/" are given as `**{"val/loss": 3.2}`."""
+        line: dict[str, Any] = {"time": round(time.time(), 3), "step": step}
+        if done is not None:
+            line |= {"done": done, "total": total, "unit": unit}
+        self._file.write(json.dumps(line | metrics) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics file; a last line that is still being written is left out."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield json.loads(line)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Drop a last line that a kill left without its end, so that the next append starts on a line of its own."""
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole != len(data):
+        os.truncate(path, whole)
+
+
+def cut_after_step(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`: what a resumed run writes again must not stand there twice."""
+    if not path.exists():
+        return
+    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
+    with atomic_write(path, "w") as file:
+        file.writelines(kept)

@@ -1,0 +1,114 @@
+"""From a configuration to the requests of its stages: every address, before anything runs.
+
+    python -m gpt2.plan 124m [field=value ...]
+
+prints the addresses and whether each is finished, and writes request.json and runtime.json into each directory, after
+which a stage can be started by hand: `python -m gpt2.tokenize store/tokenize/<fingerprint>`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpt2.config import HellaSwag, RunConfig, Runtime, Section
+from gpt2.errors import UserError
+from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Request, write_model
+from gpt2.recipe import load, load_runtime, parse_overrides
+from gpt2.sources import identify
+from gpt2.stages import STAGES
+
+
+class Plan(Section):
+    """The requests of one run, in the order in which they can run."""
+
+    download: Request
+    tokenize: Request
+    benchmarks: dict[str, Request]
+    train: Request
+    evaluate: Request
+    report: Request
+
+    def requests(self) -> dict[str, Request]:
+        """By a name for people: download, tokenize, benchmark-hellaswag, train, evaluate, report."""
+        named = {f"benchmark-{name}": request for name, request in self.benchmarks.items()}
+        return {"download": self.download, "tokenize": self.tokenize, **named,
+                "train": self.train, "evaluate": self.evaluate, "report": self.report}  # fmt: skip
+
+
+def plan(config: RunConfig, store: Path) -> Plan:
+    """Work out every stage's request.
+
+    Sources are identified by content, so local files are hashed here (once: the hashes are remembered in the store,
+    by size and time stamp).
+
+    Raises:
+        UserError: a local file is missing.
+    """
+    identity, hints = identify(config.download.source, store)
+    download = _request("download", {"source": identity}, hints={"source": hints})
+    tokenize = _request("tokenize", config.tokenize, {"corpus": download.address})
+
+    used = dict.fromkeys([*([config.train.benchmark] if config.train.benchmark else []), *config.evaluate.benchmarks])
+    benchmarks = {}
+    for name in used:
+        benchmark = config.benchmarks[name]
+        section = benchmark.model_dump(mode="json")
+        if isinstance(benchmark, HellaSwag):
+            section["source"], hints = identify(benchmark.source, store)
+            benchmarks[name] = _request("benchmark", section, hints={"source": hints})
+        else:
+            benchmarks[name] = _request("benchmark", section, {"shards": tokenize.address})
+
+    train_inputs = {"shards": tokenize.address}
+    if config.train.benchmark:
+        train_inputs["benchmark"] = benchmarks[config.train.benchmark].address
+    train = _request("train", config.train, train_inputs)
+
+    scored = {f"benchmark:{name}": benchmarks[name].address for name in config.evaluate.benchmarks}
+    evaluate = _request(
+        "evaluate", config.evaluate, {"model": train.address, "shards": tokenize.address, **scored}
+    )
+    report = _request(
+        "report",
+        {"name": config.name, **config.report.model_dump(mode="json")},
+        {"shards": tokenize.address, "model": train.address, "scores": evaluate.address},
+    )
+    return Plan(download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report)
+
+
+def _request(
+    stage: str,
+    section: Section | dict[str, Any],
+    inputs: dict[str, str] | None = None,
+    hints: dict[str, Any] | None = None,
+) -> Request:
+    config = section.model_dump(mode="json") if isinstance(section, Section) else section
+    return Request(stage=stage, version=STAGES[stage].version, config=config, inputs=inputs or {}, hints=hints or {})
+
+
+def prepare(request: Request, runtime: Runtime) -> Path:
+    """Make a stage's directory and write what it is asked and how to run it; its path."""
+    directory = runtime.store / request.address
+    write_model(directory / REQUEST, request)
+    write_model(directory / RUNTIME, runtime)
+    return directory
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments:
+        sys.exit("usage: python -m gpt2.plan RECIPE [field=value ...]")
+    overrides = parse_overrides(arguments[1:])
+    runtime = load_runtime(None, overrides)
+    for name, request in plan(load(arguments[0], overrides), runtime.store).requests().items():
+        directory = prepare(request, runtime)
+        state = "finished" if (directory / MANIFEST).exists() else "to do"
+        print(f"{name:24} {state:9} {directory}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,150 @@
+"""Reading conf/<name>.yaml with overrides, and saying what is wrong with it in the user's own terms."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gpt2.config import RunConfig, Runtime
+from gpt2.errors import UserError
+
+CONF = Path(__file__).parent.parent / "conf"
+RUNTIME_PREFIX = "runtime."
+M = TypeVar("M", bound=BaseModel)
+
+
+def names() -> list[str]:
+    """Recipes in conf/."""
+    return sorted(path.stem for path in CONF.glob("*.yaml"))
+
+
+def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a recipe by name ("124m") or path, lay dotted overrides over it and validate the whole.
+
+    Args:
+        overrides: e.g. {"train.optim.max_lr": 3e-4}; `runtime.` keys belong to `load_runtime` and are left out here.
+
+    Raises:
+        UserError: no such recipe, not YAML, or a field that is unknown or out of range, with its path.
+    """
+    path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else CONF / f"{recipe}.yaml"
+    tree = _read_yaml(path, f"there is no recipe {recipe!r}: conf/ has {', '.join(names())}")
+    wanted = {key: value for key, value in (overrides or {}).items() if not key.startswith(RUNTIME_PREFIX)}
+    return _validate(RunConfig, _merge(tree, wanted), f"{path.name}")
+
+
+def load_runtime(runtime: str | None = None, overrides: Mapping[str, Any] | None = None) -> Runtime:
+    """Read conf/runtime/<name>.yaml (None: nothing but the defaults) and lay the `runtime.` overrides over it."""
+    tree: dict[str, Any] = {}
+    if runtime is not None:
+        path = Path(runtime) if runtime.endswith((".yaml", ".yml")) else CONF / "runtime" / f"{runtime}.yaml"
+        have = ", ".join(sorted(p.stem for p in (CONF / "runtime").glob("*.yaml")))
+        tree = _read_yaml(path, f"there is no runtime {runtime!r}: conf/runtime/ has {have}")
+    prefix = len(RUNTIME_PREFIX)
+    wanted = {key[prefix:]: value for key, value in (overrides or {}).items() if key.startswith(RUNTIME_PREFIX)}
+    return _validate(Runtime, _merge(tree, wanted), "runtime")
+
+
+def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
+    """["train.optim.max_lr=3e-4", "runtime.gpus=2"] -> {"train.optim.max_lr": "3e-4", "runtime.gpus": 2}; the values
+    are YAML.
+
+    Raises:
+        UserError: an argument without "=".
+    """
+    overrides = {}
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if not equals or not key:
+            raise UserError(f"{argument!r} is not an override: write field=value, as in train.optim.max_lr=3e-4")
+        try:
+            overrides[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"the value of {argument!r} is not YAML: {error}") from error
+    return overrides
+
+
+def _read_yaml(path: Path, missing: str) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no sections")
+    return tree
+
+
+def _merge(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(tree)
+    for dotted, value in overrides.items():
+        head, _, rest = dotted.partition(".")
+        if rest:
+            inner = merged.get(head)
+            merged[head] = _merge(inner if isinstance(inner, dict) else {}, {rest: value})
+        else:
+            merged[head] = value
+    return merged
+
+
+def _validate(model: type[M], tree: dict[str, Any], where: str) -> M:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(model, detail) for detail in error.errors()]
+        raise UserError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
+
+
+def _explain(model: type[BaseModel], detail: Any) -> str:
+    """One validation error as "path: what is wrong (nearest real name)"."""
+    location = [str(part) for part in detail["loc"]]
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "extra_forbidden":
+        known = sorted({field for owner in _owners(model, location[:-1]) for field in owner.model_fields})
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+        return f"{_dotted(model, location)}: no such field; {hint}"
+    given = "" if detail["type"] in ("missing", "value_error") else f" (given: {detail['input']!r})"
+    dotted = _dotted(model, location)
+    return f"{dotted}: {message}{given}" if dotted else message
+
+
+def _owners(model: type[BaseModel], location: list[str]) -> list[type[BaseModel]]:
+    """The models that may stand at `location`: one, or the members of a union that no tag decides."""
+    found = [model]
+    for part in location:
+        step = [owner.model_fields[part].annotation for owner in found if part in owner.model_fields]
+        if step:
+            found = [leaf for annotation in step for leaf in _models(annotation)]
+        else:  # a tag of a union, or the key of a dict
+            tagged = [owner for owner in found if _tag(owner) == part]
+            found = tagged or found
+    return found
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    kind = model.model_fields.get("kind")
+    return kind.default if kind is not None else None
+
+
+def _dotted(model: type[BaseModel], location: list[str]) -> str:
+    """The path as the user wrote it: without the tags of unions, which pydantic puts into its locations."""
+    shown: list[str] = []
+    for index, part in enumerate(location):
+        owners = _owners(model, location[:index])
+        if not any(part in owner.model_fields for owner in owners) and any(_tag(owner) == part for owner in owners):
+            continue
+        shown.append(part)
+    return ".".join(shown)

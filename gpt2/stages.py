@@ -1,0 +1,32 @@
+"""The table of stages: what each is called, its version, and how it is started."""
+
+from __future__ import annotations
+
+from gpt2.config import Section
+
+
+class Stage(Section):
+    name: str
+    version: int
+    """Bump with the bytes: an edit that changes what the stage writes must change its addresses. Tests of golden
+    bytes make forgetting it impossible."""
+    module: str
+    """started as `python -m <module> <directory>`"""
+    parallel: bool
+    """whether it is started through torchrun, one process a GPU"""
+
+    def command(self, directory: str) -> list[str]:
+        return ["-m", self.module, directory]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(name="download", version=1, module="gpt2.download", parallel=False),
+        Stage(name="tokenize", version=1, module="gpt2.tokenize", parallel=False),
+        Stage(name="benchmark", version=1, module="gpt2.benchmark", parallel=False),
+        Stage(name="train", version=1, module="gpt2.train", parallel=True),
+        Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True),
+        Stage(name="report", version=1, module="gpt2.report", parallel=False),
+    )
+}
