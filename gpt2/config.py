@@ -21,7 +21,7 @@ Auto = Literal["auto"]
 class Section(BaseModel):
     """Base of every configuration: immutable, and a name it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- sources
@@ -71,9 +71,7 @@ class InstalledDocs(Section):
     max_bytes: PositiveInt = 50_000_000
 
 
-CorpusSource = Annotated[
-    HubFiles | LocalFiles | HubShards | LocalShards | InstalledDocs, Field(discriminator="kind")
-]
+CorpusSource = Annotated[HubFiles | LocalFiles | HubShards | LocalShards | InstalledDocs, Field(discriminator="kind")]
 
 
 class DownloadConfig(Section):
@@ -141,7 +139,7 @@ class ModelConfig(Section):
 
     @property
     def padded_vocab_size(self) -> int:
-        """vocab_size rounded up to a multiple of 128, for the matrix units; the added rows are zero and never scored."""
+        """vocab_size rounded up to a multiple of 128, for the matrix units; the added rows are zero, never scored."""
         return -(-self.vocab_size // 128) * 128
 
     def n_params(self) -> int:
@@ -162,7 +160,9 @@ class OptimConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
-    grad_clip: Annotated[PositiveFloat | None, Field(description="largest global gradient norm; None: no clipping")] = 1.0
+    grad_clip: Annotated[PositiveFloat | None, Field(description="largest global gradient norm; None: no clipping")] = (
+        1.0
+    )
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> OptimConfig:
@@ -188,7 +188,9 @@ class SampleConfig(Section):
 
 class CheckpointConfig(Section):
     every: PositiveInt = 5_000
-    keep_last: Annotated[PositiveInt, Field(description="the newest so many are kept; 2 or more survive a damaged one")] = 2
+    keep_last: Annotated[
+        PositiveInt, Field(description="the newest so many are kept; 2 or more survive a damaged one")
+    ] = 2
     keep_every: Annotated[PositiveInt | None, Field(description="also keep each step divisible by this")] = None
 
 
@@ -209,7 +211,9 @@ class TrainConfig(Section):
     total_batch_size: Annotated[PositiveInt, Field(description="tokens per optimizer step, over all GPUs")] = 524_288
     max_steps: PositiveInt
     seed: int = 42
-    shuffle: Annotated[bool, Field(description="a fresh permutation of all sequences each epoch; else in file order")] = True
+    shuffle: Annotated[
+        bool, Field(description="a fresh permutation of all sequences each epoch; else in file order")
+    ] = True
     align_documents: Annotated[bool, Field(description="every sequence begins at a document's start")] = False
     val: ValConfig = ValConfig()
     benchmark: Annotated[str | None, Field(description="name under `benchmarks` to score while training")] = None
@@ -218,7 +222,8 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     anomalies: AnomalyConfig = AnomalyConfig()
     init_from: Annotated[
-        str | None, Field(description="folder with a Hugging Face or llm.c GPT-2 to start from instead of random weights")
+        str | None,
+        Field(description="folder with a Hugging Face or llm.c GPT-2 to start from instead of random weights"),
     ] = None
 
     @model_validator(mode="after")
@@ -297,7 +302,9 @@ class Runtime(Section):
     store: Annotated[Path, Field(description="where every stage's directory lives")] = Path("store")
     gpus: Annotated[int, Field(ge=0)] | Auto = "auto"
     processes: Annotated[PositiveInt, Field(description="training processes where there is no GPU")] = 1
-    micro_batch_size: Annotated[PositiveInt | Auto, Field(description="sequences per forward pass and process")] = "auto"
+    micro_batch_size: Annotated[PositiveInt | Auto, Field(description="sequences per forward pass and process")] = (
+        "auto"
+    )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool | Auto = "auto"
     sharding: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
@@ -309,7 +316,9 @@ class Runtime(Section):
     tokenize_backend: Literal["auto", "tiktoken"] = "auto"
     download_workers: PositiveInt = 8
     log_every: PositiveInt = 10
-    verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = False
+    verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = (
+        False
+    )
     nodes: PositiveInt = 1
     rendezvous: Annotated[str | None, Field(description="host:port of the c10d rendezvous, for nodes > 1")] = None
 

@@ -213,7 +213,9 @@ def read_model(path: Path, model: type[M]) -> M:
     try:
         return model.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise UserError(f"{path} is not a valid {model.__name__}: {error.errors()[0]['msg']}; delete it and run again") from error
+        raise UserError(
+            f"{path} is not a valid {model.__name__}: {error.errors()[0]['msg']}; delete it and run again"
+        ) from error
 
 
 def write_model(path: Path, model: BaseModel) -> None:

@@ -25,9 +25,11 @@ class MetricsWriter:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         cut_torn_line(path)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the stage
 
-    def write(self, step: int, *, done: float | None = None, total: float | None = None, unit: str = "", **metrics: Any) -> None:
+    def write(
+        self, step: int, *, done: float | None = None, total: float | None = None, unit: str = "", **metrics: Any
+    ) -> None:
         """Append one line. Metric names with "/" are given as `**{"val/loss": 3.2}`."""
         line: dict[str, Any] = {"time": round(time.time(), 3), "step": step}
         if done is not None:

@@ -1,20 +1,21 @@
 """From a configuration to the requests of its stages: every address, before anything runs.
 
-    python -m gpt2.plan 124m [field=value ...]
-
-prints the addresses and whether each is finished, and writes request.json and runtime.json into each directory, after
-which a stage can be started by hand: `python -m gpt2.tokenize store/tokenize/<fingerprint>`.
+python -m gpt2.plan 124m [field=value ...]            what is to do, what is finished, where
+python -m gpt2.plan 124m --write [field=value ...]    also write request.json and runtime.json, after which a stage
+                                                      can be started by hand: python -m gpt2.tokenize DIRECTORY
+python -m gpt2.plan 124m --checkpoint                 the folder of the finished model
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 from gpt2.config import HellaSwag, RunConfig, Runtime, Section
 from gpt2.errors import UserError
-from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Request, write_model
+from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
 from gpt2.sources import identify
 from gpt2.stages import STAGES
@@ -67,15 +68,15 @@ def plan(config: RunConfig, store: Path) -> Plan:
     train = _request("train", config.train, train_inputs)
 
     scored = {f"benchmark:{name}": benchmarks[name].address for name in config.evaluate.benchmarks}
-    evaluate = _request(
-        "evaluate", config.evaluate, {"model": train.address, "shards": tokenize.address, **scored}
-    )
+    evaluate = _request("evaluate", config.evaluate, {"model": train.address, "shards": tokenize.address, **scored})
     report = _request(
         "report",
         {"name": config.name, **config.report.model_dump(mode="json")},
         {"shards": tokenize.address, "model": train.address, "scores": evaluate.address},
     )
-    return Plan(download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report)
+    return Plan(
+        download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report
+    )
 
 
 def _request(
@@ -96,19 +97,41 @@ def prepare(request: Request, runtime: Runtime) -> Path:
     return directory
 
 
-def main(arguments: list[str]) -> None:
-    if not arguments:
-        sys.exit("usage: python -m gpt2.plan RECIPE [field=value ...]")
-    overrides = parse_overrides(arguments[1:])
+def checkpoint(plan: Plan, store: Path) -> Path:
+    """The final checkpoint's folder of a finished training.
+
+    Raises:
+        UserError: training is not finished.
+    """
+    directory = store / plan.train.address
+    if not (directory / MANIFEST).exists():
+        raise UserError(f"training is not finished in {directory}: run the recipe first")
+    facts = read_model(directory / MANIFEST, Manifest).facts
+    assert isinstance(facts, TrainFacts)
+    return directory / facts.checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m gpt2.plan", description="The stages of a recipe.")
+    parser.add_argument("recipe", help="name in conf/, or path of a .yaml file")
+    parser.add_argument("overrides", nargs="*", metavar="field=value")
+    parser.add_argument("--write", action="store_true", help="write each stage's request.json and runtime.json")
+    parser.add_argument("--checkpoint", action="store_true", help="print the folder of the finished model")
+    arguments = parser.parse_args()
+    overrides = parse_overrides(arguments.overrides)
     runtime = load_runtime(None, overrides)
-    for name, request in plan(load(arguments[0], overrides), runtime.store).requests().items():
-        directory = prepare(request, runtime)
+    whole = plan(load(arguments.recipe, overrides), runtime.store)
+    if arguments.checkpoint:
+        print(checkpoint(whole, runtime.store))
+        return
+    for name, request in whole.requests().items():
+        directory = prepare(request, runtime) if arguments.write else runtime.store / request.address
         state = "finished" if (directory / MANIFEST).exists() else "to do"
         print(f"{name:24} {state:9} {directory}")
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except UserError as error:
         sys.exit(f"error: {error}")

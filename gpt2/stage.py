@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fcntl
 import importlib.metadata
-import os
 import platform
 import socket
 import subprocess
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from gpt2.config import Runtime, Section
 from gpt2.errors import UserError
@@ -63,7 +62,9 @@ class StageDir:
     def __init__(self, path: Path) -> None:
         self.path = path.absolute()
         if not (self.path / REQUEST).exists():
-            raise UserError(f"{self.path} holds no {REQUEST}: start the stage through the flow, or write one with `python -m gpt2.plan`")
+            raise UserError(
+                f"{self.path} holds no {REQUEST}: run the flow, or write one with `python -m gpt2.plan RECIPE --write`"
+            )
         self.started = time.time()
 
     @cached_property
@@ -189,8 +190,7 @@ def main(work: Callable[[StageDir], object], argv: list[str] | None = None) -> N
         sys.exit(1)
 
 
-def fail(message: str, status: int) -> None:
+def fail(message: str, status: int) -> NoReturn:
     """One line on stderr that launchers recognise, then exit."""
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(status) if os.environ.get("RANK") else sys.exit(status)
+    sys.exit(status)

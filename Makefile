@@ -1,0 +1,72 @@
+# Everything runs in a virtual environment inside the checkout; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV   ?= .venv
+CONF   ?= 124m
+ARGS   ?=
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo reproduce plan up down test test-fast lint format sample export bench-train bench-tokenize clean
+
+help: ## this list
+	@echo "make TARGET [CONF=124m] [ARGS='train.optim.max_lr=3e-4 runtime.gpus=4']"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
+
+# torch first and alone: with its version settled, nothing else pulls in another build of it.
+$(BIN)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "error: Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.$(EXTRAS)'
+	touch $@
+
+$(BIN)/.installed-test: $(BIN)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[test]'
+	touch $@
+
+install: $(BIN)/.installed ## set up the virtual environment
+
+demo: $(BIN)/.installed ## the whole pipeline on a small model, on any machine
+	$(BIN)/python -m flows.reproduce demo $(ARGS)
+
+reproduce: $(BIN)/.installed ## the real thing: make reproduce CONF=124m
+	$(BIN)/python -m flows.reproduce $(CONF) $(ARGS)
+
+plan: $(BIN)/.installed ## what CONF would run, and what of it is finished
+	$(BIN)/python -m gpt2.plan $(CONF) $(ARGS)
+
+up: $(BIN)/.installed ## Prefect server, MLflow and a worker in the background, all recipes deployed
+	$(BIN)/python -m flows.services up $(ARGS)
+
+down: $(BIN)/.installed ## stop what `make up` started
+	$(BIN)/python -m flows.services down $(ARGS)
+
+test: lint ## everything that needs no GPU
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(BIN)/python -m pytest -m "slow and not gpu" -q
+
+test-fast: $(BIN)/.installed-test ## the tests to run at every change
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q -x
+
+lint: $(BIN)/.installed-test ## ruff, mypy, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(BIN)/.installed-test ## let ruff lay out the code
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-tokenize: $(BIN)/.installed ## tokens/s beside the plain method
+	$(BIN)/python -m gpt2.bench_tokenize $(ARGS)
+
+bench-train: $(BIN)/.installed ## tokens/s and MFU; ARGS='--size 350m --check'
+	$(BIN)/python -m gpt2.bench_train $(ARGS)
+
+sample: $(BIN)/.installed ## text from a trained model: make sample PROMPT="..." [CONF=124m]
+	$(BIN)/python -m gpt2.sample "$(or $(MODEL),$(shell $(BIN)/python -m gpt2.plan $(CONF) --checkpoint))" --prompt "$(PROMPT)" $(ARGS)
+
+clean: ## remove the environment and caches; the store stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
