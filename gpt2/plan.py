@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--write", action="store_true", help="write each stage's request.json and runtime.json")
     parser.add_argument("--checkpoint", action="store_true", help="print the folder of the finished model")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     overrides = parse_overrides(arguments.overrides)
     runtime = load_runtime(None, overrides)
     whole = plan(load(arguments.recipe, overrides), runtime.store)

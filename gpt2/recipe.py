@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -104,28 +104,40 @@ def _validate(model: type[M], tree: dict[str, Any], where: str) -> M:
 def _explain(model: type[BaseModel], detail: Any) -> str:
     """One validation error as "path: what is wrong (nearest real name)"."""
     location = [str(part) for part in detail["loc"]]
+    path, owners = _walk(model, location)
     message = detail["msg"].removeprefix("Value error, ")
     if detail["type"] == "extra_forbidden":
-        known = sorted({field for owner in _owners(model, location[:-1]) for field in owner.model_fields})
+        known = sorted({field for owner in owners for field in owner.model_fields})
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
-        return f"{_dotted(model, location)}: no such field; {hint}"
+        return f"{path}: no such field; {hint}"
     given = "" if detail["type"] in ("missing", "value_error") else f" (given: {detail['input']!r})"
-    dotted = _dotted(model, location)
-    return f"{dotted}: {message}{given}" if dotted else message
+    return f"{path}: {message}{given}" if path else message
 
 
-def _owners(model: type[BaseModel], location: list[str]) -> list[type[BaseModel]]:
-    """The models that may stand at `location`: one, or the members of a union that no tag decides."""
-    found = [model]
+def _walk(model: type[BaseModel], location: list[str]) -> tuple[str, list[type[BaseModel]]]:
+    """Follow pydantic's location through the models.
+
+    Returns the path as the user wrote it, that is without the tags of unions, which pydantic puts between; and the
+    models that may own its last part (several where no tag decided).
+    """
+    shown: list[str] = []
+    here: Any = model
+    owners: list[type[BaseModel]] = []
     for part in location:
-        step = [owner.model_fields[part].annotation for owner in found if part in owner.model_fields]
-        if step:
-            found = [leaf for annotation in step for leaf in _models(annotation)]
-        else:  # a tag of a union, or the key of a dict
-            tagged = [owner for owner in found if _tag(owner) == part]
-            found = tagged or found
-    return found
+        if get_origin(here) is dict:
+            here = get_args(here)[1]
+            shown.append(part)
+            continue
+        candidates = _models(here)
+        tagged = [candidate for candidate in candidates if len(candidates) > 1 and _tag(candidate) == part]
+        if tagged:
+            here = tagged[0]
+            continue
+        owners = candidates
+        shown.append(part)
+        here = next((owner.model_fields[part].annotation for owner in owners if part in owner.model_fields), None)
+    return ".".join(shown), owners
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
@@ -137,14 +149,3 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
 def _tag(model: type[BaseModel]) -> str | None:
     kind = model.model_fields.get("kind")
     return kind.default if kind is not None else None
-
-
-def _dotted(model: type[BaseModel], location: list[str]) -> str:
-    """The path as the user wrote it: without the tags of unions, which pydantic puts into its locations."""
-    shown: list[str] = []
-    for index, part in enumerate(location):
-        owners = _owners(model, location[:index])
-        if not any(part in owner.model_fields for owner in owners) and any(_tag(owner) == part for owner in owners):
-            continue
-        shown.append(part)
-    return ".".join(shown)
