@@ -264,6 +264,7 @@ class Published(Section):
     hours: float | None = None
     dollars: float | None = None
     gpus: str | None = None
+    note: Annotated[str | None, Field(description="what keeps it from being compared, e.g. other validation text")] = None
 
 
 class ReportConfig(Section):
