@@ -1,0 +1,43 @@
+"""Floating point operations of a token, and what a GPU can do at most: the one copy of the MFU formula."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gpt2.config import ModelConfig
+
+Convention = Literal["llm.c", "nanogpt"]
+
+# Dense bf16 matrix products with fp32 accumulation, FLOP/s, from NVIDIA's data sheets (no sparsity).
+PEAK_BF16 = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "L4": 121e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def flops_per_token(config: ModelConfig, convention: Convention = "llm.c") -> float:
+    """FLOPs of one token's forward and backward pass: 6 N + 6 L C T as llm.c counts (attention is causal, so half of
+    the scores), 6 N + 12 L C T as nanoGPT and PaLM (arXiv:2204.02311, appendix B) do. N counts every parameter with
+    the real vocabulary, embeddings included."""
+    attention = {"llm.c": 6, "nanogpt": 12}[convention] * config.n_layer * config.n_embd * config.block_size
+    return float(6 * config.n_params() + attention)
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak bf16 FLOP/s of a GPU by its name as the driver gives it; None where it is not known (a CPU)."""
+    return next((peak for name, peak in PEAK_BF16.items() if all(p in device_name for p in name.split())), None)
+
+
+def mfu(config: ModelConfig, tokens_per_second: float, device_name: str, n_devices: int) -> float | None:
+    """Model FLOPs utilisation by llm.c's convention: the share of the devices' peak that the model's own FLOPs are."""
+    peak = peak_flops(device_name)
+    return None if peak is None else flops_per_token(config) * tokens_per_second / (peak * n_devices)

@@ -1,0 +1,79 @@
+"""Weights that other programs read and write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from gpt2.checkpoint import load_model, save_model
+from gpt2.config import ModelConfig
+from gpt2.errors import UserError
+from gpt2.model import GPT
+from gpt2.weights import load_hf, to_hf
+
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=130)
+
+
+@pytest.fixture
+def model() -> GPT:
+    gpt = GPT(TINY)
+    gpt.init_weights(1)
+    return gpt
+
+
+def test_transformers_reads_our_folder(model: GPT, tmp_path: Path) -> None:
+    """Bug: names, layout, padding or metadata that from_pretrained does not take, or takes for something else."""
+    transformers = pytest.importorskip("transformers")
+    save_model(tmp_path, model)
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(tmp_path)
+    idx = torch.arange(8)[None]
+    logits = model(idx)[0]
+    assert logits is not None
+    torch.testing.assert_close(theirs(idx).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_we_read_transformers_folder(tmp_path: Path) -> None:
+    """Bug: a folder written by save_pretrained is refused or read wrongly."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=8, vocab_size=130)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    idx = torch.arange(8)[None]
+    logits = model(idx)[0]
+    assert logits is not None
+    torch.testing.assert_close(theirs(idx).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_round_trip_is_exact_and_old_files_load(model: GPT, tmp_path: Path) -> None:
+    """Bug: OpenAI's published file has no prefix, and holds causal masks and no lm_head."""
+    save_model(tmp_path, model)
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in weights.items()}
+    old["h.0.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(old, tmp_path / "model.safetensors")
+    again = load_model(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+
+
+def test_wrong_weights_are_refused(model: GPT, tmp_path: Path) -> None:
+    """Bug: half-loaded models that train on from random numbers."""
+    weights = dict(to_hf(model))
+    with pytest.raises(UserError, match=r"lack transformer\.ln_f\.bias"):
+        load_hf(model, {name: t for name, t in weights.items() if name != "transformer.ln_f.bias"})
+    with pytest.raises(UserError, match=r"does not have: transformer\.extra"):
+        load_hf(model, weights | {"extra": torch.zeros(1)})
+    with pytest.raises(UserError, match=r"\(8, 17\).*\(8, 16\)"):
+        load_hf(model, weights | {"transformer.wpe.weight": torch.zeros(8, 17)})
+    save_model(tmp_path, model)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        load_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="'llama'"):
+        load_model(tmp_path)
