@@ -4,7 +4,8 @@ Two trees that never share a section. `RunConfig` says *what*: it is read from c
 sections is hashed into the address of the stage it belongs to. `Runtime` says *how*, on what machine: it is never
 hashed, and "auto" in it means "look at the machine".
 
-Only pydantic here: this module is imported by everything and imports nothing of ours.
+Only pydantic here: this module is imported by everything and imports nothing but its own parts, source_config and
+benchmark_config.
 """
 
 from __future__ import annotations
@@ -12,66 +13,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from gpt2.benchmark_config import BenchmarkConfig, Continuation, HellaSwag  # noqa: F401 also known from here
+from gpt2.source_config import (  # noqa: F401
+    CorpusSource,
+    HubFiles,
+    HubShards,
+    InstalledDocs,
+    LocalFiles,
+    LocalShards,
+    Section,
+)
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Auto = Literal["auto"]
 
 
-class Section(BaseModel):
-    """Base of every configuration: immutable, and a name it does not know is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- sources
-
-
-class HubFiles(Section):
-    """Parquet or JSON-lines files of a Hugging Face Hub data set, at one pinned revision."""
-
-    kind: Literal["hub"] = "hub"
-    repo: str
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="40-digit commit; a branch name can move")]
-    files: Annotated[
-        tuple[str, ...], Field(min_length=1, description="glob patterns inside the repository, in reading order")
-    ]
-    text_column: str = "text"
-
-
-class LocalFiles(Section):
-    """Files on this machine: parquet, jsonl (also .gz, .zst) or txt. Identified by content, not by place."""
-
-    kind: Literal["local"] = "local"
-    paths: Annotated[tuple[str, ...], Field(min_length=1, description="paths or glob patterns, in reading order")]
-    text_column: str = "text"
-
-
-class HubShards(Section):
-    """Ready-made token shards in llm.c's format from the Hub, e.g. kjj0/fineweb10B-gpt2."""
-
-    kind: Literal["hub-shards"] = "hub-shards"
-    repo: str
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-    files: Annotated[tuple[str, ...], Field(min_length=1)] = ("*_val_*.bin", "*_train_*.bin")
-
-
-class LocalShards(Section):
-    """Ready-made token shards in llm.c's format on this machine; *_val_* is validation, the rest is training."""
-
-    kind: Literal["local-shards"] = "local-shards"
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
-
-
-class InstalledDocs(Section):
-    """English prose that every Python installation has: the interpreter's documentation topics, the docstrings of
-    the standard library, the long descriptions of the installed distributions. Differs between installations."""
-
-    kind: Literal["installed-docs"] = "installed-docs"
-    max_bytes: PositiveInt = 50_000_000
-
-
-CorpusSource = Annotated[HubFiles | LocalFiles | HubShards | LocalShards | InstalledDocs, Field(discriminator="kind")]
+# ------------------------------------------------------------------------------------------------------------- data
 
 
 class DownloadConfig(Section):
@@ -89,31 +48,6 @@ class TokenizeConfig(Section):
         Literal["error", "skip"],
         Field(description="a row group that cannot be read, a null or non-string row: stop, or skip and list it"),
     ] = "error"
-
-
-# ------------------------------------------------------------------------------------------------------- benchmarks
-
-
-class HellaSwag(Section):
-    kind: Literal["hellaswag"] = "hellaswag"
-    source: Annotated[HubFiles | LocalFiles, Field(discriminator="kind")]
-    limit: Annotated[PositiveInt | None, Field(description="only the first so many examples")] = None
-
-
-class Continuation(Section):
-    """Multiple choice made from held-out text: the true continuation of a passage against three from other documents.
-
-    For where no benchmark can be had. Chance is 0.25; comparable only with itself on the same shards.
-    """
-
-    kind: Literal["continuation"] = "continuation"
-    examples: PositiveInt = 500
-    context_tokens: PositiveInt = 64
-    ending_tokens: PositiveInt = 24
-    seed: int = 42
-
-
-BenchmarkConfig = Annotated[HellaSwag | Continuation, Field(discriminator="kind")]
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -264,7 +198,9 @@ class Published(Section):
     hours: float | None = None
     dollars: float | None = None
     gpus: str | None = None
-    note: Annotated[str | None, Field(description="what keeps it from being compared, e.g. other validation text")] = None
+    note: Annotated[str | None, Field(description="what keeps it from being compared, e.g. other validation text")] = (
+        None
+    )
 
 
 class ReportConfig(Section):

@@ -146,18 +146,46 @@ class TrainFacts(Section):
 
 
 class Score(Section):
-    acc: float
-    acc_norm: float
-    """acc by mean instead of summed log probability of the ending's tokens"""
+    """What one benchmark gave. A figure that its form of question does not have is None; `figures` leaves those out."""
+
+    acc: float | None = None
+    """share of examples answered rightly: the highest summed log probability, or every token the greedy one"""
+    acc_norm: float | None = None
+    """multiple choice by mean instead of summed log probability of the ending's tokens (llm.c's acc_norm)"""
+    acc_norm_chars: float | None = None
+    """by log probability a character of the ending: what lm-evaluation-harness calls acc_norm"""
+    acc_norm_bytes: float | None = None
+    """by log probability a byte of the ending: what lm-evaluation-harness calls acc_bytes"""
+    perplexity: float | None = None
+    """exp of the negative log probability a unit; `unit` says of what"""
+    unit: str | None = None
+    centered: float | None = None
+    """CORE: mean over its tasks of (accuracy - chance) / (1 - chance)"""
     examples: int
-    chance: float
+    chance: float | None = None
+    """accuracy of guessing; None where there is none to guess"""
+    truncated: int = 0
+    """sequences longer than the model's context, scored with the left end of their context cut off"""
+    parts: dict[str, Score] = {}
+    """of a benchmark made of several tasks"""
+    prompt: str = ""
+    """how the text is put to the model, e.g. "llm.c" or "harness" """
+
+    def figures(self) -> dict[str, float]:
+        """The measured numbers by name, for metrics and tables: acc, acc_norm, perplexity, ..."""
+        names = ("acc", "acc_norm", "acc_norm_chars", "acc_norm_bytes", "perplexity", "centered")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
 class EvaluateFacts(Section):
     stage: Literal["evaluate"] = "evaluate"
     val_loss: float
     val_tokens: int
+    """used: fewer than asked when the validation shards hold fewer"""
     scores: dict[str, Score] = {}
+    skipped: dict[str, str] = {}
+    """benchmarks that were asked for and could not be had -> why"""
+    precision: str = "fp32"
 
 
 class ReportFacts(Section):

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import HellaSwag, RunConfig, Runtime, Section
+from gpt2.config import BenchmarkConfig, Continuation, RunConfig, Runtime, Section
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
@@ -38,37 +39,49 @@ class Plan(Section):
                 "train": self.train, "evaluate": self.evaluate, "report": self.report}  # fmt: skip
 
 
-def plan(config: RunConfig, store: Path) -> Plan:
+def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) -> Plan:
     """Work out every stage's request.
 
     Sources are identified by content, so local files are hashed here (once: the hashes are remembered in the store,
     by size and time stamp).
 
+    Args:
+        skip: optional benchmarks that turned out not to be had -> why. A plan without one asks for another evaluation
+            than a plan with it, so that nothing is skipped any more once the data is there.
+
     Raises:
-        UserError: a local file is missing.
+        UserError: a local file is missing; not where only an optional benchmark lacks it, unless training scores it.
     """
     identity, hints = identify(config.download.source, store)
     download = _request("download", {"source": identity}, hints={"source": hints})
     tokenize = _request("tokenize", config.tokenize, {"corpus": download.address})
 
     used = dict.fromkeys([*([config.train.benchmark] if config.train.benchmark else []), *config.evaluate.benchmarks])
-    benchmarks = {}
+    benchmarks, skipped = {}, dict(skip or {})
     for name in used:
-        benchmark = config.benchmarks[name]
-        section = benchmark.model_dump(mode="json")
-        if isinstance(benchmark, HellaSwag):
-            section["source"], hints = identify(benchmark.source, store)
-            benchmarks[name] = _request("benchmark", section, hints={"source": hints})
-        else:
-            benchmarks[name] = _request("benchmark", section, {"shards": tokenize.address})
+        if name in skipped:
+            continue
+        try:
+            benchmarks[name] = _benchmark(config.benchmarks[name], tokenize, store)
+        except UserError as error:
+            if not config.benchmarks[name].optional or name == config.train.benchmark:
+                raise
+            skipped[name] = str(error)
 
     train_inputs = {"shards": tokenize.address}
     if config.train.benchmark:
         train_inputs["benchmark"] = benchmarks[config.train.benchmark].address
     train = _request("train", config.train, train_inputs)
 
-    scored = {f"benchmark:{name}": benchmarks[name].address for name in config.evaluate.benchmarks}
-    evaluate = _request("evaluate", config.evaluate, {"model": train.address, "shards": tokenize.address, **scored})
+    scored = {
+        f"benchmark:{name}": benchmarks[name].address for name in config.evaluate.benchmarks if name in benchmarks
+    }
+    evaluate = _request(
+        "evaluate",
+        config.evaluate,
+        {"model": train.address, "shards": tokenize.address, **scored},
+        {"skipped": skipped},
+    )
     report = _request(
         "report",
         {"name": config.name, **config.report.model_dump(mode="json")},
@@ -77,6 +90,14 @@ def plan(config: RunConfig, store: Path) -> Plan:
     return Plan(
         download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report
     )
+
+
+def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path) -> Request:
+    section = benchmark.model_dump(mode="json", exclude={"optional"})  # whether it may be missing changes no byte of it
+    if isinstance(benchmark, Continuation):
+        return _request("benchmark", section, {"shards": tokenize.address})
+    section["source"], hints = identify(benchmark.source, store)
+    return _request("benchmark", section, hints={"source": hints})
 
 
 def _request(

@@ -1,0 +1,63 @@
+"""Where data comes from, as configuration: the base of every section, and the sources of a corpus.
+
+Only pydantic here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+
+class Section(BaseModel):
+    """Base of every configuration: immutable, and a name it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+
+
+class HubFiles(Section):
+    """Parquet or JSON-lines files of a Hugging Face Hub data set, at one pinned revision."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="40-digit commit; a branch name can move")]
+    files: Annotated[
+        tuple[str, ...], Field(min_length=1, description="glob patterns inside the repository, in reading order")
+    ]
+    text_column: str = "text"
+
+
+class LocalFiles(Section):
+    """Files on this machine: parquet, jsonl (also .gz, .zst) or txt. Identified by content, not by place."""
+
+    kind: Literal["local"] = "local"
+    paths: Annotated[tuple[str, ...], Field(min_length=1, description="paths or glob patterns, in reading order")]
+    text_column: str = "text"
+
+
+class HubShards(Section):
+    """Ready-made token shards in llm.c's format from the Hub, e.g. kjj0/fineweb10B-gpt2."""
+
+    kind: Literal["hub-shards"] = "hub-shards"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    files: Annotated[tuple[str, ...], Field(min_length=1)] = ("*_val_*.bin", "*_train_*.bin")
+
+
+class LocalShards(Section):
+    """Ready-made token shards in llm.c's format on this machine; *_val_* is validation, the rest is training."""
+
+    kind: Literal["local-shards"] = "local-shards"
+    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class InstalledDocs(Section):
+    """English prose that every Python installation has: the interpreter's documentation topics, the docstrings of
+    the standard library, the long descriptions of the installed distributions. Differs between installations."""
+
+    kind: Literal["installed-docs"] = "installed-docs"
+    max_bytes: PositiveInt = 50_000_000
+
+
+CorpusSource = Annotated[HubFiles | LocalFiles | HubShards | LocalShards | InstalledDocs, Field(discriminator="kind")]
