@@ -224,11 +224,11 @@ class Manifest(Section):
         return found
 
 
-def file_entry(directory: Path, relative: str) -> FileEntry:
-    """Measure one file of a stage's directory."""
+def file_entry(directory: Path, relative: str, sha256: str | None = None) -> FileEntry:
+    """Measure one file of a stage's directory; `sha256` when it is known already."""
     path = directory / relative
     stat = path.stat()
-    return FileEntry(path=relative, size=stat.st_size, sha256=sha256_file(path), mtime_ns=stat.st_mtime_ns)
+    return FileEntry(path=relative, size=stat.st_size, sha256=sha256 or sha256_file(path), mtime_ns=stat.st_mtime_ns)
 
 
 def read_model(path: Path, model: type[M]) -> M:

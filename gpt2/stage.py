@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -119,12 +119,17 @@ class StageDir:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def finish(self, files: Iterable[str], facts: Facts) -> Manifest:
-        """Write provenance.json, then manifest.json over `files` (relative paths): the stage is finished."""
+    def finish(self, files: Iterable[str], facts: Facts, *, sha256: Mapping[str, str] | None = None) -> Manifest:
+        """Write provenance.json, then manifest.json over `files` (relative paths): the stage is finished.
+
+        Args:
+            sha256: of files that this process verified already, by path; the others are read and hashed here.
+        """
+        known = sha256 or {}
         write_model(self.path / PROVENANCE, provenance(self.started))
         manifest = Manifest(
             address=self.request.address,
-            files=tuple(file_entry(self.path, name) for name in files),
+            files=tuple(file_entry(self.path, name, known.get(name)) for name in files),
             facts=facts,
         )
         write_model(self.path / MANIFEST, manifest)
