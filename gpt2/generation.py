@@ -1,0 +1,210 @@
+"""Choosing tokens from a model, one after the other, for one prompt or many side by side.
+
+Nothing here touches torch's global random state, so sampling during training leaves the training as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gpt2.errors import UserError
+from gpt2.kv_cache import CachedReader
+from gpt2.model import GPT
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen from the logits."""
+
+    temperature: float = 1.0
+    """0 takes the likeliest token"""
+    top_k: int | None = None
+    """only the so many likeliest tokens"""
+    top_p: float | None = None
+    """only the likeliest tokens that together reach this probability (nucleus sampling, Holtzman et al. 2019);
+    after top_k, as in Hugging Face's order"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UserError(
+                f"temperature {self.temperature} is not 0 or more: 0 takes the likeliest, 1 samples as trained"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k {self.top_k} leaves no token: use 1 or more, or none for all")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p {self.top_p} is not in (0, 1]: use 1, or none, for all tokens")
+
+    def pick(self, logits: Tensor, u: Tensor) -> Tensor:
+        """Choose by inverse cumulative distribution.
+
+        Args:
+            logits: (R, V).
+            u: (R,) float64, uniform in [0, 1), one for each row.
+
+        Returns:
+            (R,) token ids.
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        ids: Tensor | None = None
+        if self.top_k is not None:
+            logits, ids = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)  # (R, k), likeliest first
+        elif self.top_p is not None:
+            logits, ids = logits.sort(dim=-1, descending=True)  # (R, V)
+        p = torch.softmax(logits.double() / self.temperature, dim=-1)  # (R, k)
+        cdf = p.cumsum(-1)
+        if self.top_p is not None:
+            p = torch.where(cdf - p < self.top_p, p, 0.0)  # the likeliest token always stays: 0 < top_p
+            cdf = p.cumsum(-1)
+        total = cdf[:, -1:]
+        chosen = torch.searchsorted(cdf, u.view(-1, 1) * total, right=True)  # never a token of probability 0
+        chosen = torch.minimum(chosen, (cdf < total).sum(-1, keepdim=True))  # u * total may round up to total
+        return (chosen if ids is None else ids.gather(-1, chosen))[:, 0]
+
+
+class Reader(Protocol):
+    """Reads windows of tokens and says what may come next; see CachedReader."""
+
+    def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor: ...
+
+    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor: ...
+
+
+class RecomputingReader:
+    """The plain way: the model's own forward pass over the whole window for each token. Kept as the measure of the
+    cached way, in time and in value."""
+
+    def __init__(self, model: GPT, rows: int) -> None:
+        self.model = model
+        self.windows: list[list[int]] = [[] for _ in range(rows)]
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
+        for row, window in zip(rows, windows, strict=True):
+            self.windows[row] = list(window)
+        return torch.stack([self._logits(row) for row in rows])
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        for row, (token, position) in enumerate(zip(tokens, positions, strict=True)):
+            self.windows[row] = [*self.windows[row][:position], token]
+        return torch.stack([self._logits(row) for row in range(len(self.windows))])
+
+    def _logits(self, row: int) -> Tensor:
+        idx = torch.tensor([self.windows[row]], device=next(self.model.parameters()).device)  # (1, T)
+        logits, _ = self.model(idx)
+        assert logits is not None
+        return logits[0, -1].float()
+
+
+class Generation:
+    """Several prompts continued side by side, one token each a step. Iterating gives, a step, one id for each row,
+    None for a row that has ended; setting `ended[row]` ends one from outside.
+
+    The model sees at most block_size tokens. A longer prompt keeps its end. When a window is full, its older half is
+    dropped and the newer half read again at positions from 0 on: positions are learned and absolute, so a cache cannot
+    be shifted, and dropping half makes reading again rare: once in block_size / 2 tokens.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        prompts: Sequence[Sequence[int]],
+        n_tokens: int,
+        choice: Choice,
+        *,
+        seeds: Sequence[int],
+        stop: Collection[int] = (),
+        cache: bool = True,
+        cuda_graph: bool = False,
+    ) -> None:
+        vocab_size, self.block_size = model.config.vocab_size, model.config.block_size
+        for prompt in prompts:
+            if not prompt:
+                raise UserError("a prompt without tokens: begin with <|endoftext|>, token 50256")
+            if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+                raise UserError(f"the prompt has token {max(prompt):,}, the model knows 0 to {vocab_size - 1:,}")
+        self.n_tokens = n_tokens
+        self.choice = choice
+        self.stop = frozenset(stop)
+        self.windows = [list(prompt[-self.block_size :]) for prompt in prompts]
+        self.ended = [False] * len(prompts)
+        # one generator a row, on the CPU: a row's text depends neither on its neighbours nor on the device's generator
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        capacity = min(self.block_size, max(map(len, self.windows), default=1) + n_tokens)
+        self.reader: Reader = (
+            CachedReader(model, len(prompts), capacity, cuda_graph=cuda_graph)
+            if cache
+            else RecomputingReader(model, len(prompts))
+        )
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        if self.n_tokens < 1 or not self.windows:
+            return
+        logits = self.reader.read(range(len(self.windows)), self.windows)  # (R, V)
+        for remaining in reversed(range(self.n_tokens)):
+            u = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in self.generators])
+            chosen = self.choice.pick(logits, u.to(logits.device)).tolist()
+            yield [None if ended else token for token, ended in zip(chosen, self.ended, strict=True)]
+            self.ended = [ended or token in self.stop for token, ended in zip(chosen, self.ended, strict=True)]
+            if all(self.ended) or not remaining:
+                return
+            logits = self._advance(chosen)
+
+    def _advance(self, tokens: list[int]) -> Tensor:
+        """Read one more token for each row that goes on; (R, V) logits, of no meaning for rows that have ended."""
+        full = []
+        positions = [0] * len(tokens)  # where an ended or a full row's token is put; nobody looks at it again
+        for row, (window, token) in enumerate(zip(self.windows, tokens, strict=True)):
+            if self.ended[row]:
+                continue
+            window.append(token)
+            if len(window) > self.block_size:
+                del window[: len(window) - max(1, self.block_size // 2)]
+                full.append(row)
+            else:
+                positions[row] = len(window) - 1
+        if full and len(full) == len(tokens):
+            return self.reader.read(full, self.windows)
+        logits = self.reader.step(tokens, positions)
+        if full:
+            logits = logits.index_copy(
+                0,
+                torch.tensor(full, device=logits.device),
+                self.reader.read(full, [self.windows[row] for row in full]),
+            )
+        return logits
+
+
+def generate(
+    model: GPT,
+    prompt_ids: Sequence[int],
+    n_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    stop: Collection[int] = (),
+    cache: bool = True,
+) -> list[int]:
+    """Continue `prompt_ids` by up to `n_tokens` tokens.
+
+    Args:
+        stop: ids after which it ends; the one met is the last of the result.
+        cache: False recomputes the whole window for each token; the same text, many times slower.
+
+    Returns:
+        The new ids, without the prompt.
+
+    Raises:
+        UserError: an empty prompt, a token that the model does not know, a temperature, top_k or top_p out of range.
+    """
+    choice = Choice(temperature, top_k, top_p)
+    generation = Generation(model, [prompt_ids], n_tokens, choice, seeds=[seed], stop=stop, cache=cache)
+    return [token for (token,) in generation if token is not None]

@@ -1,0 +1,167 @@
+"""GPT-2's blocks with the keys and values of all earlier tokens kept, so that one more token costs one token.
+
+Works on the weights of a `gpt2.model.GPT` and calls none of its kernels, so that training may choose those freely.
+Recomputing n tokens costs n whole forward passes; here each costs one pass over one position, plus reading the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpt2.model import GPT, LAYER_NORM_EPS
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class CachedReader:
+    """Reads token windows, one a row, and says what may come next.
+
+    The cache is `n_layer` pairs of (rows, nh, capacity, hs) tensors in the weights' type: 36 MiB a row for GPT-2 124M
+    at 1,024 tokens in fp32 of keys and as much of values.
+    """
+
+    def __init__(self, model: GPT, rows: int, capacity: int, *, cuda_graph: bool = False) -> None:
+        """
+        Args:
+            model: its weights are read in place; nothing of it is changed.
+            rows: windows read side by side.
+            capacity: positions kept, at most the model's block_size.
+            cuda_graph: record one step and replay it: on a GPU a step of one token is otherwise bound by the time
+                that launching its kernels takes. Ignored on a CPU.
+        """
+        self.config = model.config
+        self.transformer, self.blocks = model.transformer, model.blocks
+        self.wte = model.transformer.wte.weight
+        self.rows = rows
+        self.capacity = capacity
+        nh, hs = self.config.n_head, self.config.n_embd // self.config.n_head
+        shape = (rows, nh, capacity, hs)
+        new = (
+            self.wte.new_zeros
+        )  # zeros, not empty: a NaN left in memory would pass through a masked softmax as 0 * NaN
+        self.k = [new(shape) for _ in range(self.config.n_layer)]
+        self.v = [new(shape) for _ in range(self.config.n_layer)]
+        self._graph = _StepGraph(self) if cuda_graph and self.wte.is_cuda else None
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
+        """Read whole windows into `rows`, replacing what those rows held.
+
+        Shorter windows are padded on the right: attention is causal, so no token sees the padding, and a later step
+        writes over it before any token may look there.
+
+        Returns:
+            (len(rows), vocab_size) fp32 logits of the token after each window.
+        """
+        device = self.wte.device
+        T = max(map(len, windows))
+        idx = torch.zeros(len(windows), T, dtype=torch.long)  # (R, T)
+        for r, window in enumerate(windows):
+            idx[r, : len(window)] = torch.tensor(window)
+        at = torch.tensor(list(rows), device=device)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.k[layer][at, :, :T] = k
+            self.v[layer][at, :, :T] = v
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        x = self._forward(idx.to(device), torch.arange(T, device=device), attend)  # (R, T, C)
+        last = torch.tensor([len(window) - 1 for window in windows], device=device)
+        return self._logits(x[torch.arange(len(windows), device=device), last])
+
+    @torch.no_grad()
+    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Read one token a row at its position; everything before that position must have been read.
+
+        Returns:
+            (rows, vocab_size) fp32 logits of the next tokens. Valid until the next call.
+        """
+        device = self.wte.device
+        if self._graph is not None:
+            return self._graph.replay(tokens, positions)
+        idx = torch.tensor(tokens, device=device).view(self.rows, 1)
+        S = max(positions) + 1
+        if min(positions) + 1 == S:  # all rows equally long: no mask, and a plain slice to write to
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                self.k[layer][:, :, S - 1] = k[:, :, 0]
+                self.v[layer][:, :, S - 1] = v[:, :, 0]
+                return F.scaled_dot_product_attention(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S])
+
+            x = self._forward(idx, torch.tensor([S - 1], device=device), attend)
+            return self._logits(x[:, 0])
+        return self._masked_step(idx, torch.tensor(positions, device=device), S)
+
+    def _masked_step(self, idx: Tensor, positions: Tensor, S: int) -> Tensor:
+        """One token a row, (rows, 1), at positions (rows,) of their own; keys beyond a row's position are masked."""
+        at = torch.arange(self.rows, device=idx.device)
+        mask = torch.arange(S, device=idx.device) <= positions.view(-1, 1, 1, 1)  # (rows, 1, 1, S)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.k[layer][at, :, positions] = k[:, :, 0]
+            self.v[layer][at, :, positions] = v[:, :, 0]
+            return F.scaled_dot_product_attention(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], attn_mask=mask)
+
+        return self._logits(self._forward(idx, positions.view(-1, 1), attend)[:, 0])
+
+    def _forward(self, idx: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """GPT-2's blocks over idx (R, T) at positions that broadcast to it; (R, T, C) after the last LayerNorm."""
+        R, T = idx.shape
+        nh, C = self.config.n_head, self.config.n_embd
+        t = self.transformer
+        x = F.embedding(idx, self.wte) + t.wpe.weight[positions].to(self.wte.dtype)  # (R, T, C)
+        for layer, block in enumerate(self.blocks):
+            q, k, v = _linear(_norm(x, block.ln_1), block.attn.c_attn).split(C, dim=-1)
+            q = q.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
+            k = k.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
+            v = v.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
+            y = attend(layer, q, k, v).transpose(1, 2).reshape(R, T, C)  # (R, T, C)
+            x = x + _linear(y, block.attn.c_proj)
+            h = F.gelu(_linear(_norm(x, block.ln_2), block.mlp.c_fc), approximate="tanh")  # (R, T, 4C)
+            x = x + _linear(h, block.mlp.c_proj)
+        return _norm(x, t.ln_f)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(R, C) -> (R, vocab_size) in fp32: the padded rows of wte are no tokens."""
+        return F.linear(x, self.wte[: self.config.vocab_size]).float()
+
+
+class _StepGraph:
+    """One masked step over the whole capacity, recorded once as a CUDA graph and replayed with new inputs."""
+
+    def __init__(self, reader: CachedReader) -> None:
+        device = reader.wte.device
+        self.idx = torch.zeros(reader.rows, 1, dtype=torch.long, device=device)
+        self.positions = torch.zeros(reader.rows, dtype=torch.long, device=device)
+
+        def step() -> Tensor:
+            return reader._masked_step(self.idx, self.positions, reader.capacity)
+
+        with torch.no_grad():
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):  # libraries set up their handles and workspaces before the recording
+                for _ in range(3):
+                    step()
+            torch.cuda.current_stream(device).wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = step()
+
+    def replay(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        self.idx.copy_(torch.tensor(tokens).view(-1, 1))
+        self.positions.copy_(torch.tensor(positions))
+        self.graph.replay()
+        return self.logits
+
+
+def _linear(x: Tensor, module: nn.Linear) -> Tensor:
+    return F.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
+
+
+def _norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], module.weight.to(x.dtype), module.bias.to(x.dtype), LAYER_NORM_EPS)
