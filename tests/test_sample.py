@@ -1,0 +1,253 @@
+"""Sampling: the cache against recomputing, determinism, where texts end, and what may be shown when."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2.checkpoint import save_model
+from gpt2.config import ModelConfig
+from gpt2.errors import UserError
+from gpt2.generation import Choice, Generation, RecomputingReader, generate
+from gpt2.kv_cache import CachedReader
+from gpt2.model import GPT
+from gpt2.sample import TextPieces, converse, encode_prompt, stream, stream_batch
+from gpt2.tokenizer import EOT, gpt2_encoding
+
+
+def small_model(vocab_size: int = 211, block_size: int = 32) -> GPT:
+    """Weights four times the usual, so that the next token depends clearly on the ones before."""
+    model = GPT(ModelConfig(n_layer=3, n_head=4, n_embd=64, block_size=block_size, vocab_size=vocab_size))
+    model.init_weights(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return small_model()
+
+
+@pytest.fixture(scope="module")
+def text_model() -> GPT:
+    return small_model(vocab_size=50257)
+
+
+def test_cached_logits_equal_recomputed_ones(model: GPT) -> None:
+    """A position, mask or cache slot that is off by one."""
+    tokens = random.Random(7).choices(range(211), k=32)
+    for first in (1, 9, 31):
+        cached, plain = CachedReader(model, 1, 32), RecomputingReader(model, 1)
+        torch.testing.assert_close(cached.read([0], [tokens[:first]]), plain.read([0], [tokens[:first]]))
+        for position in range(first, 32):
+            ours = cached.step([tokens[position]], [position])
+            torch.testing.assert_close(ours, plain.step([tokens[position]], [position]), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [Choice(temperature=0), Choice(), Choice(temperature=0.7, top_k=5), Choice(top_p=0.7), Choice(top_k=20, top_p=0.5)],
+    ids=str,
+)
+def test_the_same_text_with_and_without_cache_past_the_window(model: GPT, choice: Choice) -> None:
+    """A window that slides differently, or keys kept from positions that have moved."""
+    for length in (1, 31, 32, 33, 70):
+        prompt = list(range(length))
+        texts = [list(Generation(model, [prompt], 80, choice, seeds=[3], cache=cache)) for cache in (True, False)]
+        assert texts[0] == texts[1], f"prompt of {length}"
+
+
+def test_a_prompt_in_a_batch_gets_what_it_gets_alone(model: GPT) -> None:
+    """Rows of different lengths that see each other's padding, or share their dice."""
+    prompts = [[1], [2, 3, 4, 5], list(range(30)), list(range(40)), [1]]
+    batch = list(Generation(model, prompts, 90, Choice(), seeds=range(5, 10), stop=[7, 8, 9, 10]))
+    alone = [generate(model, prompt, 90, seed=5 + i, stop=[7, 8, 9, 10]) for i, prompt in enumerate(prompts)]
+    assert [[step[row] for step in batch if step[row] is not None] for row in range(5)] == alone
+    assert alone[0] != alone[4], "same prompt, other seed"
+    assert any(len(text) < 90 for text in alone), "some text must have met its stop for this test to mean something"
+    for text in alone:
+        assert len(text) == 90 or text[-1] in (7, 8, 9, 10)
+        assert not {7, 8, 9, 10} & set(text[:-1])
+
+
+def test_sampling_leaves_the_global_random_state_and_the_weights(model: GPT) -> None:
+    """Sampling in the middle of training that changes the training after it."""
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    state = torch.get_rng_state()
+    first = generate(model, [1, 2, 3], 40, seed=11)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(weights[name], parameter) for name, parameter in model.named_parameters())
+    torch.rand(5)
+    assert generate(model, [1, 2, 3], 40, seed=11) == first
+    assert generate(model, [1, 2, 3], 40, seed=12) != first
+
+
+def test_picks_follow_the_distribution() -> None:
+    """A shifted cumulative sum: every token taken for its neighbour."""
+    logits = torch.tensor([0.5, 0.1, 0.25, 0.15]).log()
+    n = 20_000
+    u = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    drawn = Choice().pick(logits.expand(n, 4), u).bincount(minlength=4) / n
+    torch.testing.assert_close(drawn, torch.tensor([0.5, 0.1, 0.25, 0.15]), atol=0.012, rtol=0)
+    # the nucleus of 0.7 is the two likeliest, 2/3 to 1/3; so are the top two
+    for choice in (Choice(top_p=0.7), Choice(top_k=2)):
+        drawn = choice.pick(logits.expand(n, 4), u).bincount(minlength=4) / n
+        torch.testing.assert_close(drawn, torch.tensor([2 / 3, 0, 1 / 3, 0]), atol=0.012, rtol=0)
+
+
+def test_picks_at_the_edges_have_probability() -> None:
+    """u = 0 or nearly 1 that takes a token of probability 0 or one past the end."""
+    logits = torch.tensor([[-float("inf"), 1.0, 2.0, -float("inf")]])
+    for u in (0.0, 1 - 2**-53):
+        for choice in (Choice(), Choice(top_k=3), Choice(top_p=1.0), Choice(top_p=1e-9), Choice(temperature=1e-3)):
+            assert choice.pick(logits, torch.tensor([u], dtype=torch.float64)).item() in (1, 2), (u, choice)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": 0}, {"top_p": 0.0}])
+def test_a_choice_out_of_range_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=r"temperature|top_k|top_p"):
+        Choice(**wrong)  # type: ignore[arg-type]
+
+
+def test_prompts_that_the_model_cannot_read(model: GPT) -> None:
+    """An index error from inside the embedding instead of a message."""
+    with pytest.raises(UserError, match="without tokens"):
+        generate(model, [], 3)
+    with pytest.raises(UserError, match="token 211, the model knows 0 to 210"):
+        generate(model, [1, 211], 3)
+    assert generate(model, [1], 0) == []
+
+
+# ---------------------------------------------------------------------------------------------------------- as text
+
+
+def test_pieces_are_whole_characters() -> None:
+    """Half a character shown as two replacement signs: GPT-2's tokens split emoji and Chinese signs."""
+    text = "naïve 🤖 東京 — ok"
+    pieces = TextPieces()
+    shown = [pieces.add(token) for token in gpt2_encoding().encode_ordinary(text)]
+    assert "".join(shown) + pieces.rest() == text
+    assert not any("\ufffd" in piece for piece in shown)
+    cut = TextPieces()
+    assert cut.add(gpt2_encoding().encode_ordinary("🤖")[0]) == ""
+    assert cut.rest() == "\ufffd"
+
+
+def test_nothing_of_a_stop_string_is_shown() -> None:
+    """The first half of a stop string that was shown before the second half came."""
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(300):
+        text = "".join(rng.choices("ab\n", k=30))
+        stops = ["".join(rng.choices("ab\n", k=rng.randint(1, 5))) for _ in range(2)]
+        whole = next((n for n in range(31) if any(stop in text[:n] for stop in stops)), 30)  # the first to be complete
+        wanted = text[: min((at for at in (text[:whole].find(stop) for stop in stops) if at >= 0), default=30)]
+        pieces = TextPieces(stops)
+        shown = ""
+        for character in text:
+            shown += pieces.add(gpt2_encoding().encode_single_token(character))
+            assert wanted.startswith(shown)
+        assert shown + ("" if pieces.ended else pieces.rest()) == wanted, (text, stops)
+
+
+def test_text_ends_at_the_end_of_the_document() -> None:
+    pieces = TextPieces(["zebra"])
+    shown = [pieces.add(token) for token in [*gpt2_encoding().encode_ordinary("a ze"), EOT, 64]]
+    assert "".join(shown) == "a ze", "what was held back for a stop string belongs to the text"
+    assert pieces.ended
+
+
+def test_streams_agree_with_ids(text_model: GPT) -> None:
+    ids = generate(text_model, encode_prompt("Hello"), 40, seed=5, top_k=50, stop=[EOT])
+    text = gpt2_encoding().decode([token for token in ids if token != EOT])
+    assert "".join(stream(text_model, "Hello", 40, seed=5, top_k=50)) == text
+    rows = ["", ""]
+    for row, piece in stream_batch(text_model, ["", "Hello"], 40, seed=4, top_k=50):
+        rows[row] += piece
+    assert rows[1] == text, "prompt i of a batch is alone with seed + i"
+    stop = text[10:13]
+    assert "".join(stream(text_model, "Hello", 40, seed=5, top_k=50, stop=[stop])) == text[: text.index(stop)]
+
+
+def test_an_empty_prompt_begins_a_document() -> None:
+    assert encode_prompt("") == [EOT]
+    assert encode_prompt("<|endoftext|>Hi") == [EOT, *gpt2_encoding().encode_ordinary("Hi")]
+
+
+def test_a_conversation_keeps_what_was_said() -> None:
+    asked: list[str] = []
+
+    def answer(text: str):  # type: ignore[no-untyped-def]
+        asked.append(text)
+        yield " fine"
+
+    written: list[str] = []
+    converse(iter(["How are you?", "And now?"]), written.append, answer, chat=True)
+    assert asked[1] == "You: How are you?\nGPT-2: fine\nYou: And now?\nGPT-2:"
+    assert "".join(written) == " fine\n fine\n"
+
+
+@pytest.mark.slow
+def test_command_line(text_model: GPT, tmp_path: Path) -> None:
+    """The same seed gives the same text in another process; a file of prompts; a missing folder."""
+    save_model(tmp_path / "model", text_model)
+
+    def run(*arguments: str, typed: str = "") -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "gpt2.sample", *arguments], input=typed, capture_output=True, text=True, check=False
+        )
+
+    folder = str(tmp_path / "model")
+    once = run(folder, "--prompt", "Once", "--tokens", "20", "--seed", "3", "--temperature", "1")
+    assert once.returncode == 0, once.stderr
+    assert once.stdout == "Once" + "".join(stream(text_model, "Once", 20, seed=3)) + "\n"
+    (tmp_path / "prompts.txt").write_text("One\nTwo\n")
+    many = run(folder, "--file", str(tmp_path / "prompts.txt"), "--tokens", "5")
+    assert "--- 1\nOne" in many.stdout
+    assert "--- 2\nTwo" in many.stdout
+    chat = run(folder, "--chat", "--tokens", "5", typed="Hello\nAgain\n")
+    assert chat.returncode == 0, chat.stderr
+    missing = run(str(tmp_path / "none"), "--prompt", "x")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: ")
+    assert missing.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_cached_token_is_twenty_times_as_fast_at_1024() -> None:
+    """A cache that is there but still reads the whole window again."""
+    model = GPT(ModelConfig(n_layer=6, n_head=6, n_embd=384, block_size=1024, vocab_size=5000))
+    model.init_weights(seed=1)
+    window = [1] * 1023
+    cached, plain = CachedReader(model, 1, 1024), RecomputingReader(model, 1)
+
+    def seconds(step) -> float:  # type: ignore[no-untyped-def]
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            step()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    cached.read([0], [window])
+    fast = seconds(lambda: cached.step([2], [1023]))
+    slow = seconds(lambda: plain.read([0], [[*window, 2]]))
+    print(f"cached {1000 * fast:.2f} ms, recomputed {1000 * slow:.1f} ms: {slow / fast:.0f} times")
+    assert slow / fast > 20
