@@ -5,7 +5,7 @@
     python -m gpt2.sample FOLDER --interactive           continue what is typed
     python -m gpt2.sample FOLDER --chat                  the same, laid out as a conversation
 
-FOLDER is a checkpoint of ours, a Hugging Face folder or a llm.c checkpoint.
+FOLDER is a checkpoint of ours, a Hugging Face folder, a llm.c file, or the directory of a finished train stage.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from gpt2.checkpoint import load_model
 from gpt2.errors import UserError
 from gpt2.generation import Choice, Generation, generate
 from gpt2.model import GPT
+from gpt2.pretrained import load_any
 from gpt2.stage import fail
 from gpt2.tokenizer import EOT, gpt2_encoding
 
@@ -180,8 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token; for comparison")
     args = parser.parse_args(argv)
 
-    model = load_model(args.folder, torch.device(args.device))
-    model.eval()
+    model = load_any(args.folder, args.device)
     options = {
         "temperature": args.temperature,
         "top_k": args.top_k,

@@ -60,6 +60,22 @@ def gpt2_encoding() -> tiktoken.Encoding:
             ) from error
 
 
+def gpt2_files() -> dict[str, bytes]:
+    """GPT-2's own two files, "vocab.bpe" (merges) and "encoder.json" (vocabulary), for those who pass them on.
+
+    Raises:
+        UserError: they are nowhere to be had.
+    """
+    gpt2_encoding()  # fetches them into the cache where the distribution is not installed
+    with _cache_folder() as folder:
+        found = {name: _carried(name) or _cached(folder, name) for name in FILES}
+    for name, (_, sha256) in FILES.items():
+        data = found[name]
+        if data is None or _sha256(data) != sha256:
+            raise UserError(f"GPT-2's {name} is not on this machine: install the distribution {CARRIER}==0.1.5")
+    return {name: data for name, data in found.items() if data is not None}
+
+
 def user_cache(name: str) -> Path:
     """A folder of ours for things that can be made again: in XDG_CACHE_HOME or ~/.cache, or in the temporary folder
     where the home cannot be written."""
@@ -114,6 +130,12 @@ def _carried(name: str) -> bytes | None:
         if file.parts[-2:] == ("data", name):
             with suppress(OSError):
                 return Path(str(file.locate())).read_bytes()
+    return None
+
+
+def _cached(folder: Path | None, name: str) -> bytes | None:
+    with suppress(OSError):
+        return (folder / FILES[name][0]).read_bytes() if folder is not None else None
     return None
 
 
