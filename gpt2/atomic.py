@@ -11,6 +11,8 @@ from typing import IO, Any
 
 from gpt2.errors import UserError
 
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, the user's quota, or `ulimit -f` is full
+
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
@@ -33,7 +35,7 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         os.replace(temporary, path)
         fsync_dir(path.parent)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in NO_SPACE:
             raise UserError(f"no space left for {path}: free some and run again, finished work is kept") from error
         raise
     finally:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +22,8 @@ class World:
     local_rank: int
     size: int
     device: torch.device
+    store: dist.Store | None = field(default=None, compare=False)
+    """torchrun's key-value store: what must be said while a collective hangs"""
 
     @property
     def is_main(self) -> bool:
@@ -33,47 +38,101 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Each number summed over the processes, in float64."""
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        return self.all_reduce(tensor).tolist()
+        return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: what all of them must decide alike."""
-        return self.sum(float(flag))[0] > 0
-
-    def broadcast(self, value: object) -> object:
-        """Rank 0's value on every process; any picklable object, which never leaves the run's own processes."""
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values on every process, in place; the same tensor."""
         if self.size > 1:
-            box = [value]
-            dist.broadcast_object_list(box, src=0, device=self.device)
-            return box[0]
-        return value
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Rank 0's value, of anything that JSON can hold, on every process."""
+        if self.size == 1:
+            return value
+        text = json.dumps(value).encode()
+        length = self.broadcast(torch.tensor(len(text), device=self.device))
+        data = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        if self.is_main:
+            data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        return json.loads(bytes(self.broadcast(data).tolist()))
 
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
+    def tell(self, key: str, value: str = "") -> None:
+        """Leave word for the other processes, whatever they are doing."""
+        if self.store is not None:
+            with suppress(RuntimeError):  # the store is gone with torchrun
+                self.store.set(f"gpt2/{key}", value)
 
+    def heard(self, key: str) -> bool:
+        """Whether some process left word under `key`; does not wait."""
+        if self.store is None:
+            return False
+        try:
+            return self.store.check([f"gpt2/{key}"])
+        except RuntimeError:
+            return True  # torchrun is gone, so all is over
+
+    def wait_for(self, key: str) -> str:
+        """What rank 0 says under `key`, however long that takes."""
+        assert self.store is not None
+        self.store.wait([f"gpt2/{key}"], FOREVER)
+        return self.store.get(f"gpt2/{key}").decode()
+
+
+FOREVER = timedelta(days=365)
 SOLO = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
-def from_env(device: str | None = None, timeout: timedelta = timedelta(minutes=10)) -> World:
-    """Join the run that torchrun started, or be the only process.
+def from_env(device: str | None = None) -> World:
+    """Join the run that torchrun started, or be the only process; as `locate`."""
+    world = locate(device)
+    join(world)
+    return world
 
-    Each process takes the GPU of its local rank and talks NCCL; without GPUs all use the CPU and gloo.
+
+def locate(device: str | None = None) -> World:
+    """This process's place in the run that torchrun started, or that of an only process.
+
+    Each process takes the GPU of its local rank; without GPUs all use the CPU. Collectives work after `join`.
 
     Args:
         device: "cpu" to leave the GPUs alone.
-        timeout: how long a collective waits for a process that hangs before this one gives up.
     """
-    rank, local_rank, size = (int(os.environ.get(name, default)) for name, default in
-                              (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    rank, local_rank, size = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(place)
-    if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=place if on_gpu else None)
-    return World(rank, local_rank, size, place)
+    store = None
+    if size > 1:
+        rendezvous, _, _ = next(dist.rendezvous("env://"))
+        # torchrun may start the processes again; each start has its own keys
+        store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", rendezvous)
+    return World(rank, local_rank, size, place, store)
+
+
+def join(world: World, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Let the processes talk: NCCL between GPUs, gloo between CPUs.
+
+    Args:
+        timeout: how long a collective waits for a process that hangs before this one gives up.
+    """
+    if world.store is not None:
+        on_gpu = world.device.type == "cuda"
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=world.store,
+            rank=world.rank,
+            world_size=world.size,
+            timeout=timeout,
+            device_id=world.device if on_gpu else None,
+        )
 
 
 def leave() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,15 @@ def cut_torn_line(path: Path) -> None:
 
 def cut_after_step(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`: what a resumed run writes again must not stand there twice."""
+    keep_lines(path, lambda line: line["step"] <= step)
+
+
+def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
+    """Drop the lines that are not wanted, all at once or not at all."""
     if not path.exists():
         return
-    kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= step]
-    with atomic_write(path, "w") as file:
-        file.writelines(kept)
+    lines = list(read_metrics(path))
+    kept = [json.dumps(line) + "\n" for line in lines if wanted(line)]
+    if len(kept) < len(lines):
+        with atomic_write(path, "w") as file:
+            file.writelines(kept)

@@ -40,6 +40,20 @@ def hf_layout(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
     return theirs
 
 
+def from_hf_layout(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """The way back from `hf_layout`: (out, in) matrices, and the padded rows of wte as zeros."""
+    ours = {}
+    for name, tensor in theirs.items():
+        if name.endswith(TRANSPOSED):
+            ours[name] = tensor.t()
+        elif name == WTE:
+            ours[name] = tensor.new_zeros(config.padded_vocab_size, tensor.size(1))
+            ours[name][: config.vocab_size] = tensor
+        else:
+            ours[name] = tensor
+    return ours
+
+
 @torch.no_grad()
 def load_hf(model: GPT, weights: Mapping[str, Tensor]) -> None:
     """Copy Hugging Face weights into `model`; with or without the prefix "transformer.", causal masks left out.
