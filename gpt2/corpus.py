@@ -1,0 +1,254 @@
+"""Documents out of data files, in an order that depends on nothing but the files.
+
+The files are divided into *units*: a few row groups of a parquet file, a range of bytes of a jsonl or txt file, the
+whole of a compressed one. A unit says where its documents are and can be read by any process that sees the files; the
+documents of all units, one after another, are the corpus. Reading keeps a few megabytes in memory, whatever the size of
+the file, the row group or (txt) the document.
+
+    parquet                a row is a document
+    jsonl, .gz, .zst       a line holds an object, of which one field is a document
+    txt, .gz, .zst         a file is a document, or several, with lines of nothing but <|endoftext|> between them; every
+                           other byte is text, and empty documents are left out
+
+Paths may be addresses that fsspec understands (s3://..., gs://..., memory://...).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
+
+import fsspec  # type: ignore[import-untyped]
+import numpy as np
+
+from gpt2.config import Section
+from gpt2.errors import UserError
+from gpt2.manifest import Skipped
+
+UNIT_BYTES = 16 << 20
+"""of text, about, in a unit"""
+BATCH_BYTES = 4 << 20
+"""of text, about, that a reader has in memory at a time"""
+SEPARATOR = b"<|endoftext|>"
+
+Kind = Literal["parquet", "jsonl", "txt"]
+Compression = Literal["gzip", "zstd"]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Offsets = np.ndarray[Any, np.dtype[np.int64]]
+SUFFIXES: dict[str, Kind] = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt"}
+COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
+
+
+class Reading(NamedTuple):
+    """How to read, the same for every unit."""
+
+    column: str
+    on_bad_input: Literal["error", "skip"] = "error"
+
+
+class Unit(Section):
+    """A part of the corpus that one worker reads."""
+
+    path: str
+    """a path or an address"""
+    name: str
+    """of the file, for people"""
+    kind: Kind
+    compression: Compression | None = None
+    first: int
+    """row group (parquet) or byte"""
+    last: int
+    """one past the last row group or byte; a jsonl line that begins before `last` belongs to the unit"""
+    size: int
+    """bytes of input, for progress and estimates: of the text column before compression, or of the file"""
+    opens: bool = True
+    """txt: whether the unit begins with a new document"""
+
+
+@dataclass
+class Batch:
+    """Documents, or parts of long ones, as UTF-8 in one buffer."""
+
+    data: Bytes
+    offsets: Offsets
+    """(n + 1,): document i is data[offsets[i] : offsets[i + 1]]"""
+    begins: bool = True
+    """whether the first is the start of a document and not the continuation of what came before"""
+    consumed: int = 0
+    """bytes of the unit's `size` that this batch stands for"""
+    skipped: list[Skipped] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
+
+    @staticmethod
+    def of(documents: list[bytes], **more: Any) -> Batch:
+        offsets = np.zeros(len(documents) + 1, dtype=np.int64)
+        np.cumsum([len(document) for document in documents], out=offsets[1:])
+        return Batch(np.frombuffer(b"".join(documents), dtype=np.uint8), offsets, **more)
+
+
+class BadInput:
+    """Collects what cannot be used of one unit, or stops at the first of it."""
+
+    def __init__(self, policy: Literal["error", "skip"]) -> None:
+        self.policy = policy
+        self._rows: dict[tuple[str, int | None, str], tuple[int, str]] = {}
+
+    def add(
+        self, file: str, reason: str, where: str | Callable[[], str], *, row_group: int | None = None, rows: int = 1
+    ) -> None:
+        """`where` says more about the place; a function is called only for the first of its kind.
+
+        Raises:
+            UserError: unless the configuration says to go on.
+        """
+        key = (file, row_group, reason)
+        known, first = self._rows.get(key, (0, ""))
+        first = first or (where if isinstance(where, str) else where())
+        if self.policy == "error":
+            raise UserError(
+                f"{file}, {first}: {reason}; mend or remove the file, or set tokenize.on_bad_input=skip to leave out "
+                f"what cannot be used and list it in the manifest"
+            )
+        self._rows[key] = (known + rows, first)
+
+    def take(self) -> list[Skipped]:
+        """What was collected since the last call, one entry a file, row group and reason."""
+        entries = [
+            Skipped(file=file, row_group=row_group, rows=rows, reason=f"{reason}; first at {first}")
+            for (file, row_group, reason), (rows, first) in self._rows.items()
+        ]
+        self._rows.clear()
+        return entries
+
+
+def kind_of(path: str) -> tuple[Kind, Compression | None]:
+    """What a file holds and how it is compressed, by its name.
+
+    Raises:
+        UserError: another kind of file.
+    """
+    name = Path(path.lower())
+    compression = COMPRESSIONS.get(name.suffix)
+    kind = SUFFIXES.get(name.with_suffix("").suffix if compression else name.suffix)
+    if kind is None or (kind == "parquet" and compression):
+        raise UserError(
+            f"{path} is no kind of file that text is read from: {', '.join(SUFFIXES)}, the last three also compressed "
+            f"as {' or '.join(COMPRESSIONS)}"
+        )
+    return kind, compression
+
+
+def divide(files: Iterable[tuple[str, str]], reading: Reading) -> tuple[list[Unit], list[Skipped]]:
+    """Divide files into units; the same files always give the same units.
+
+    Args:
+        files: (path or address, name for people), in reading order.
+
+    Raises:
+        UserError: a missing or unreadable file, or one without the text column.
+    """
+    from gpt2 import corpus_lines, corpus_parquet
+
+    units: list[Unit] = []
+    bad = BadInput(reading.on_bad_input)
+    for path, name in files:
+        kind, compression = kind_of(name)
+        if kind == "parquet":
+            units += corpus_parquet.divide(path, name, reading, bad)
+        else:
+            units += corpus_lines.divide(path, name, kind, compression, reading)
+    return units, bad.take()
+
+
+def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
+    """The documents of a unit, in order, about BATCH_BYTES at a time.
+
+    Raises:
+        UserError: input that cannot be used, unless `reading` says to skip it; it names the file and the place.
+    """
+    from gpt2 import corpus_lines, corpus_parquet
+
+    if unit.kind == "parquet":
+        return corpus_parquet.read(unit, reading)
+    if unit.kind == "jsonl":
+        return corpus_lines.read_jsonl(unit, reading)
+    return corpus_lines.read_txt(unit, reading)
+
+
+def open_raw(path: str, name: str) -> IO[bytes]:
+    """Open a file or address for reading bytes, with seek.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")
+    except FileNotFoundError:
+        target = path if "://" in path else Path(path).resolve()
+        raise UserError(
+            f"data file {name} is missing ({target}): bring it back, or delete the download stage's directory and run "
+            f"again"
+        ) from None
+
+
+# ---------------------------------------------------------------------------------------------- cutting long documents
+
+_CUT = re.compile(rb"[!-~](?=[ \t\r\n])")
+
+
+def last_cut(data: bytes | bytearray | memoryview, start: int, end: int) -> int:
+    """The last place in data[start:end] where a document can be cut without changing its tokens; -1: none.
+
+    GPT-2's pattern never lets a piece go on from anything but white space into white space, and looks ahead from white
+    space only: so before white space that follows a printable ASCII character a piece always ends, and what comes
+    after is divided as if the document began there.
+    """
+    window, stop = 1 << 12, end
+    while stop > start:
+        begin = max(start, stop - window)
+        found = -1
+        for match in _CUT.finditer(data, begin, min(end, stop + 1)):
+            found = match.end()
+        if found >= 0:
+            return found
+        stop, window = begin, 4 * window
+    return -1
+
+
+def slices(batch: Batch, limit: int = 2 * BATCH_BYTES) -> Iterator[Batch]:
+    """A batch as batches of no more than `limit` bytes: cut between documents, or inside those that are longer.
+
+    Only a document with no place to cut stays longer. What was consumed and skipped is left to the caller.
+    """
+    offsets = batch.offsets
+    if offsets[-1] - offsets[0] <= limit:
+        yield batch
+        return
+    view = batch.data.data
+    index, begins = 0, batch.begins
+    while index < len(batch):
+        end = int(np.searchsorted(offsets, offsets[index] + limit, side="right")) - 1
+        if end > index:  # whole documents
+            yield Batch(batch.data, offsets[index : end + 1], begins)
+            index, begins = end, True
+            continue
+        start, stop = int(offsets[index]), int(offsets[index + 1])
+        while stop - start > limit:
+            cut = last_cut(view, start, start + limit)
+            if cut < 0:
+                forward = _CUT.search(view, start + limit - 1, stop)
+                if forward is None:
+                    break
+                cut = forward.end()
+            yield Batch(batch.data, np.array([start, cut], dtype=np.int64), begins)
+            start, begins = cut, False
+        yield Batch(batch.data, np.array([start, stop], dtype=np.int64), begins)
+        index, begins = index + 1, True

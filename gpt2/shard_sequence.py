@@ -1,0 +1,187 @@
+"""One stream of tokens cut into shards, and where in the corpus each ends, so that work can go on after a kill."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from gpt2.config import Section
+from gpt2.errors import UserError
+from gpt2.manifest import Skipped, read_model, sha256_file, write_model
+from gpt2.shards import ShardWriter, Tokens, read_header
+
+FOLDER = "shards"
+PROGRESS = "progress.json"
+
+
+class Place(Section):
+    """A place in the stream: so many tokens into a unit. What is skipped belongs to the place where it was met."""
+
+    unit: int = 0
+    tokens: int = 0
+
+
+class WholeShard(Section):
+    """A shard that is on disk, and what had been seen of the corpus when it was full."""
+
+    path: str
+    """relative to the stage's directory"""
+    tokens: int
+    documents: int
+    sha256: str
+    end: Place
+    skipped: tuple[Skipped, ...] = ()
+    """since the end of the shard before"""
+
+
+class Progress(Section):
+    """progress.json: written with every shard."""
+
+    plan: str
+    """fingerprint of the units and of how they are cut into shards; work on another plan starts over"""
+    shards: tuple[WholeShard, ...] = ()
+
+
+def shard_name(prefix: str, index: int, n_val: int = 1) -> str:
+    """Of shard `index`, the first `n_val` of which are for validation; relative to the stage's directory."""
+    split = "val" if index < n_val else "train"
+    return f"{FOLDER}/{prefix}_{split}_{index:06d}.bin"
+
+
+def split_of(path: str) -> Literal["val", "train"]:
+    return "val" if "_val_" in Path(path).name else "train"
+
+
+class ShardSequence:
+    """Writes the stream; `shards` are the whole ones so far, those of earlier runs included.
+
+    Args:
+        directory: the stage's.
+        plan: fingerprint of everything that decides the bytes.
+        first, others: tokens of the first shard and of each that follows.
+    """
+
+    def __init__(self, directory: Path, prefix: str, plan: str, first: int, others: int) -> None:
+        self._directory, self._prefix, self._plan = directory, prefix, plan
+        self._limits = first, others
+        self._writer: ShardWriter | None = None
+        self._skipped: list[Skipped] = []
+        # A shard is brought to disk while the next one is being written; one at a time.
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._pending: Future[WholeShard] | None = None
+        self.shards = list(self._kept())
+        self.resumed = len(self.shards)
+        self.start = self.shards[-1].end if self.shards else Place()
+        self._before = sum(shard.tokens for shard in self.shards)  # of the shard that is being written
+        self._number = len(self.shards)
+        self._here = Place(unit=self.start.unit)
+        self._clean()
+
+    @property
+    def tokens(self) -> int:
+        """In the stream so far."""
+        return self._before + (self._writer.tokens if self._writer else 0)
+
+    def write(self, unit: int, tokens: Tokens, skipped: tuple[Skipped, ...] = ()) -> None:
+        """Append what comes next in `unit`; what an earlier run wrote already is left out.
+
+        Raises:
+            UserError: no space is left on the device.
+        """
+        if unit != self._here.unit:
+            self._here = Place(unit=unit)
+        start = self._here.tokens
+        self._here = Place(unit=unit, tokens=start + len(tokens))
+        known = self.start.tokens - start if unit == self.start.unit else 0
+        if known <= 0:
+            self._skipped += skipped
+        position = max(known, 0)
+        while position < len(tokens):
+            if self._writer is None:
+                self._writer = ShardWriter(self._directory / shard_name(self._prefix, self._number))
+            limit = self._limits[min(self._number, 1)]
+            part = tokens[position : position + limit - self._writer.tokens]
+            self._writer.write(part)
+            position += len(part)
+            if self._writer.tokens == limit:
+                self._whole(Place(unit=unit, tokens=start + position))
+
+    def finish(self, units: int) -> tuple[WholeShard, ...]:
+        """End the stream after `units` units; all its shards.
+
+        Raises:
+            UserError: no space is left on the device.
+        """
+        if self._writer is not None:
+            self._whole(Place(unit=units))
+        self._wait()
+        self._disk.shutdown()
+        if self._skipped and self.shards:  # what was met after the last token
+            last = self.shards[-1]
+            self.shards[-1] = last.model_copy(update={"skipped": (*last.skipped, *self._skipped)})
+        return tuple(self.shards)
+
+    def discard(self) -> None:
+        """After an error: give up the shard that is not whole, keep the others."""
+        try:
+            self._wait()
+        finally:
+            self._disk.shutdown()
+            if self._writer is not None:
+                self._writer.discard()
+
+    def _whole(self, end: Place) -> None:
+        assert self._writer is not None
+        self._wait()
+        writer, self._writer = self._writer, None
+        skipped, self._skipped = tuple(self._skipped), []
+        self._pending = self._disk.submit(self._to_disk, writer, self._number, end, skipped)
+        self._before += writer.tokens
+        self._number += 1
+
+    def _to_disk(self, writer: ShardWriter, index: int, end: Place, skipped: tuple[Skipped, ...]) -> WholeShard:
+        writer.close()
+        shard = WholeShard(
+            path=shard_name(self._prefix, index),
+            tokens=writer.tokens,
+            documents=writer.documents,
+            sha256=sha256_file(writer.path),
+            end=end,
+            skipped=skipped,
+        )
+        write_model(self._directory / PROGRESS, Progress(plan=self._plan, shards=(*self.shards, shard)))
+        return shard
+
+    def _wait(self) -> None:
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            self.shards.append(pending.result())
+
+    def _kept(self) -> list[WholeShard]:
+        """The shards of earlier runs that can be kept: of the same plan, and there with the right size."""
+        path = self._directory / PROGRESS
+        if not path.exists():
+            return []
+        try:
+            progress = read_model(path, Progress)
+        except UserError:
+            return []
+        if progress.plan != self._plan:
+            return []
+        kept = []
+        for shard in progress.shards:
+            try:
+                if read_header(self._directory / shard.path) != shard.tokens:
+                    break
+            except UserError:
+                break
+            kept.append(shard)
+        return kept
+
+    def _clean(self) -> None:
+        keep = {Path(shard.path).name for shard in self.shards}
+        folder = self._directory / FOLDER
+        for path in folder.iterdir() if folder.exists() else ():
+            if path.name not in keep:
+                path.unlink()

@@ -1,0 +1,231 @@
+"""The tokenize stage: a corpus becomes token shards.
+
+    python -m gpt2.tokenize DIRECTORY
+
+All documents in reading order, each after <|endoftext|>, are one stream of tokens; its first `val_tokens` are shard 0,
+for validation, and every following `shard_tokens` another. The bytes depend on the text alone: not on the number of
+workers, nor on how often the work was stopped and started again. It goes on after the last whole shard.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+
+from gpt2.bpe import make_encoder
+from gpt2.config import TokenizeConfig
+from gpt2.corpus import Batch, Reading, Unit, divide, read
+from gpt2.encoder import Encoded, Encoder, encode_unit
+from gpt2.errors import UserError
+from gpt2.in_order import in_order
+from gpt2.machine import cpu_count
+from gpt2.manifest import DownloadFacts, Manifest, ShardEntry, TokenizeFacts, canonical
+from gpt2.shard_sequence import PROGRESS, ShardSequence, shard_name, split_of
+from gpt2.shards import TOKEN, verify
+from gpt2.stage import StageDir, main
+from gpt2.worker import Processes
+
+SAMPLE_BYTES = 1 << 18
+
+
+def tokenize(stage: StageDir) -> Manifest:
+    """Make the shards of one stage directory.
+
+    Raises:
+        UserError: input that is missing or cannot be used, too little of it, or too little space.
+    """
+    config = stage.config(TokenizeConfig)
+    corpus = stage.input("corpus")
+    source = corpus.facts(DownloadFacts)
+    if source.kind in ("hub-shards", "local-shards"):
+        return adopt(stage, config, corpus.path, source.files)
+
+    reading = Reading(source.text_column or "text", config.on_bad_input)
+    units, unreadable = divide([(str(corpus.path / name), name) for name in source.files], reading)
+    val_tokens = config.val_tokens or config.shard_tokens
+    shards = ShardSequence(stage.path, config.prefix, plan_of(units, config), val_tokens, config.shard_tokens)
+    encoder = make_encoder(stage.runtime.tokenize_backend)
+    try:
+        expected = expected_tokens(units, reading, encoder)
+        check_space(stage.path, expected, shards.tokens)
+        with closing(Reporter(stage, units, shards, expected)) as progress:
+            for index, part in encoded(stage, units, reading, encoder, shards.start.unit):
+                shards.write(index, part.tokens, part.skipped)
+                progress.add(index, part.consumed)
+            whole = shards.finish(len(units))
+            progress.report(len(units), last=True)
+    except BaseException:
+        with suppress(UserError):
+            shards.discard()
+        raise
+    total = sum(shard.tokens for shard in whole)
+    if total <= val_tokens:
+        raise UserError(
+            f"the corpus has {total:,} tokens and the validation shard alone takes {val_tokens:,} "
+            f"(tokenize.val_tokens), which leaves nothing to train on: give more text or lower tokenize.val_tokens"
+        )
+    entries = tuple(ShardEntry(path=s.path, split=split_of(s.path), tokens=s.tokens) for s in whole)
+    facts = TokenizeFacts(
+        tokenizer=config.tokenizer,
+        backend=encoder.name,
+        documents=sum(shard.documents for shard in whole),
+        train_tokens=total - val_tokens,
+        val_tokens=val_tokens,
+        shards=entries,
+        skipped=(*unreadable, *(entry for shard in whole for entry in shard.skipped)),
+    )
+    manifest = stage.finish([s.path for s in whole], facts, sha256={s.path: s.sha256 for s in whole})
+    (stage.path / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def plan_of(units: Sequence[Unit], config: TokenizeConfig) -> str:
+    """Fingerprint of the units and of how they become shards: whole shards of an earlier run are kept if it is the
+    same. Where the files lie is no part of it."""
+    parts = [unit.model_dump(exclude={"path"}) for unit in units]
+    return hashlib.sha256(canonical([parts, config.model_dump()]).encode()).hexdigest()
+
+
+def encoded(
+    stage: StageDir, units: Sequence[Unit], reading: Reading, encoder: Encoder, first: int
+) -> Iterator[tuple[int, Encoded]]:
+    """(index of the unit, tokens) from unit `first` on, in order, made by as many workers as the runtime says."""
+    wanted, backend = stage.runtime.tokenize_workers, stage.runtime.tokenize_backend
+    workers = max(1, min(cpu_count() if wanted == "auto" else wanted, len(units) - first))
+    # Threads are enough for an encoder that lets go of the interpreter's lock, fed from Arrow's buffers.
+    if workers == 1 or (encoder.threads and all(unit.kind == "parquet" for unit in units)):
+        yield from in_order(units, lambda unit: encode_unit(unit, reading, encoder), workers, first)
+        return
+    with closing(Processes(workers, reading, backend)) as processes:
+        yield from in_order(units, processes.run, workers, first)
+
+
+def expected_tokens(units: Sequence[Unit], reading: Reading, encoder: Encoder) -> int:
+    """About how many tokens the corpus will have, from a little text of its first, middle and last unit."""
+    tokens = consumed = 0
+    for index in sorted({0, len(units) // 2, len(units) - 1} if units else ()):
+        with suppress(UserError):  # reported when its turn comes
+            batch = next(read(units[index], reading))
+            end = max(1, int(np.searchsorted(batch.offsets, batch.offsets[0] + SAMPLE_BYTES)))
+            sample = Batch(batch.data, batch.offsets[: end + 1])
+            size, whole = (int(part.offsets[-1] - part.offsets[0]) for part in (sample, batch))
+            tokens += len(encoder.encode(sample))
+            consumed += batch.consumed * size // max(whole, 1)
+    return sum(unit.size for unit in units) * tokens // max(consumed, 1)
+
+
+def check_space(directory: Path, expected: int, written: int) -> None:
+    """Say what the shards will take, and refuse to start where it is not there.
+
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    need = max(0, expected - written) * TOKEN.itemsize
+    free = shutil.disk_usage(directory).free
+    print(
+        f"tokenize: about {expected:,} tokens, {need / 1e9:,.3f} GB of shards to write; {free / 1e9:,.1f} GB are free",
+        flush=True,
+    )
+    if need > free:
+        raise UserError(
+            f"the shards need about {need / 1e9:,.3f} GB and {directory} has {free / 1e9:,.3f} GB free: free "
+            f"{(need - free) / 1e9:,.3f} GB more or move the store to a larger disk (runtime.store)"
+        )
+
+
+class Reporter:
+    """Progress to metrics.jsonl every second or so and to the terminal every few, in bytes of input."""
+
+    METRICS_SECONDS, PRINT_SECONDS = 1.0, 5.0
+
+    def __init__(self, stage: StageDir, units: Sequence[Unit], shards: ShardSequence, expected: int) -> None:
+        self._metrics = stage.metrics()
+        self._shards, self._expected = shards, expected
+        self._total = sum(unit.size for unit in units)
+        self._done = sum(unit.size for unit in units[: shards.start.unit])
+        self._before, self._tokens_before = self._done, shards.tokens
+        self._started = self._last_metrics = self._last_print = time.monotonic()
+        if shards.shards:
+            kept = f"{len(shards.shards)} whole shards of an earlier run are kept, {shards.tokens:,} tokens"
+            print(f"tokenize: {kept}", flush=True)
+
+    def add(self, unit: int, consumed: int) -> None:
+        """Take note of `consumed` more bytes, in unit `unit`."""
+        self._done += consumed
+        if time.monotonic() - self._last_metrics >= self.METRICS_SECONDS:
+            self.report(unit)
+
+    def report(self, unit: int, last: bool = False) -> None:
+        now = self._last_metrics = time.monotonic()
+        seconds = max(now - self._started, 1e-9)
+        tokens = self._shards.tokens
+        # What a restart has to read again counts neither as tokens nor, once the first shard is full, much as time.
+        rate = (tokens - self._tokens_before) / seconds
+        figures = {"tokenize/tokens": tokens, "tokenize/tokens_per_second": round(rate)}
+        done = self._total if last else min(self._done, self._total)
+        self._metrics.write(unit, done=done, total=self._total, unit="bytes", **figures)
+        if now - self._last_print >= self.PRINT_SECONDS or last:
+            self._last_print = now
+            left = (self._total - done) * seconds / max(done - self._before, 1)
+            ending = f"in {seconds:,.1f} s" if last else f"{left:,.0f} s left"
+            sizes = f"{done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB"
+            print(f"tokenize: {sizes}, {tokens:,} tokens, {rate / 1e6:,.2f} M tokens/s, {ending}", flush=True)
+
+    def close(self) -> None:
+        self._metrics.close()
+
+
+def adopt(stage: StageDir, config: TokenizeConfig, directory: Path, files: Sequence[str]) -> Manifest:
+    """Ready-made shards: every token is checked, and each file is linked under the name that ours would have.
+
+    Files with "_val_" in their name come first and are validation, the others training, in the order given.
+
+    Raises:
+        UserError: a damaged shard, or none for validation or for training.
+    """
+    ordered = sorted(files, key=lambda name: split_of(name) == "train")
+    n_val = sum(split_of(name) == "val" for name in files)
+    if n_val in (0, len(files)):
+        raise UserError(
+            f"of {len(files)} shards {n_val} are for validation (with _val_ in the name): both kinds are needed"
+        )
+    entries = []
+    with closing(stage.metrics()) as metrics:
+        for index, name in enumerate(ordered):
+            tokens = verify(directory / name).tokens
+            target = shard_name(config.prefix, index, n_val)
+            link((directory / name).resolve(), stage.path / target)
+            entries.append(ShardEntry(path=target, split=split_of(target), tokens=tokens))
+            metrics.write(index + 1, done=index + 1, total=len(files), unit="shards")
+            print(f"tokenize: {index + 1} of {len(files)} shards checked, {name}: {tokens:,} tokens", flush=True)
+    totals = {split: sum(e.tokens for e in entries if e.split == split) for split in ("val", "train")}
+    facts = TokenizeFacts(
+        tokenizer=config.tokenizer,
+        backend="ready-made",
+        documents=None,
+        train_tokens=totals["train"],
+        val_tokens=totals["val"],
+        shards=tuple(entries),
+    )
+    return stage.finish([entry.path for entry in entries], facts)
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link, which lasts when the other name is deleted; across file systems a symbolic one."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(source)
+
+
+if __name__ == "__main__":
+    main(tokenize)
