@@ -1,0 +1,102 @@
+"""How to have the same run again: the configuration behind its addresses, and the command that asks for it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from gpt2.config import RunConfig
+from gpt2.errors import UserError
+from gpt2.manifest import Request
+from gpt2.recipe import load
+from gpt2.report_run import Run
+
+
+def recipe_of(run: Run) -> RunConfig | None:
+    """The recipe in conf/ that the run names, as it stands there now; None where there is none."""
+    try:
+        return load(run.report.name)
+    except UserError:
+        return None
+
+
+def configuration(run: Run, recipe: RunConfig | None) -> dict[str, Any]:
+    """What the run was asked, as a conf/<name>.yaml holds it.
+
+    Args:
+        recipe: gives what no stage was asked: benchmarks that were not scored, and which of them are optional.
+    """
+    benchmarks: dict[str, Any] = {}
+    if recipe is not None:
+        benchmarks = recipe.model_dump(mode="json")["benchmarks"]
+    for name in run.benchmarks:
+        request = run.stage(f"benchmark-{name}").request
+        section = dict(request.config)
+        if "source" in section:
+            section["source"] = _source(request)
+        benchmarks[name] = {**benchmarks.get(name, {}), **section}
+    return {
+        "name": run.report.name,
+        "download": {"source": _source(run.stage("download").request)},
+        "tokenize": run.tokenize.model_dump(mode="json"),
+        "benchmarks": benchmarks,
+        "train": run.train.model_dump(mode="json"),
+        "evaluate": run.evaluate.model_dump(mode="json"),
+        "report": run.report.model_dump(mode="json", exclude={"name"}),
+    }
+
+
+def departures(run: Run, recipe: RunConfig) -> dict[str, Any]:
+    """Dotted field -> value, wherever the run was asked something else than its recipe says."""
+    return dict(_differences(recipe.model_dump(mode="json"), configuration(run, recipe)))
+
+
+def command(run: Run, recipe: RunConfig | None) -> str:
+    """Lines for a shell at the root of the repository."""
+    commit = run.stage("train").provenance
+    lines = []
+    if commit is not None and commit.commit is not None:
+        lines.append(f"git checkout {commit.commit.removesuffix('+')}")
+    if recipe is None:
+        lines.append(f"make reproduce CONF={run.report.name}.yaml   # the configuration below, saved under this name")
+    elif changed := departures(run, recipe):
+        lines.append("make install")
+        given = [shlex.quote(f"{field}={_yaml_value(value)}") for field, value in changed.items()]
+        lines.append(" \\\n    ".join([f".venv/bin/python -m flows.reproduce {run.report.name}", *given]))
+    else:
+        lines.append("make demo" if run.report.name == "demo" else f"make reproduce CONF={run.report.name}")
+    return "\n".join(lines)
+
+
+def as_yaml(tree: dict[str, Any]) -> str:
+    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
+    return text
+
+
+def _source(request: Request) -> dict[str, Any]:
+    """A source as a configuration says it. An identity alone may hold hashes where a configuration has paths: those
+    are among the hints."""
+    identity, hints = request.config["source"], request.hints.get("source", {})
+    if identity["kind"].startswith("local"):
+        return {
+            **{key: value for key, value in identity.items() if key in ("kind", "text_column")},
+            "paths": hints["paths"],
+        }
+    return dict(identity)
+
+
+def _differences(recipe: Any, run: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    both = isinstance(recipe, dict) and isinstance(run, dict)
+    if both and recipe.get("kind") == run.get("kind"):
+        for key in run:
+            yield from _differences(recipe.get(key), run[key], f"{path}.{key}" if path else key)
+    elif recipe != run:
+        yield path, run
+
+
+def _yaml_value(value: Any) -> str:
+    return value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,156 @@
+"""What a report says: from a run to a document, and to the few numbers that stand for it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+from gpt2 import report_chapters as chapters
+from gpt2.report_again import departures, recipe_of
+from gpt2.report_compare import benchmark_title, hellaswag_reference, main_figure, val_loss_reference
+from gpt2.report_document import Chapter, Code, Document, Gallery, Picture, Text, Tile
+from gpt2.report_format import dollars, duration, fixed, percent, plural, short, short_commit, whole
+from gpt2.report_plots import Plot
+from gpt2.report_run import Run
+
+
+def headline(run: Run) -> dict[str, float | str | None]:
+    """The run in a few numbers, by name; worked out here once for the page, the manifest, Prefect and MLflow."""
+    facts = run.train_facts
+    return {
+        "val_loss": run.evaluate_facts.val_loss,
+        "train_loss": facts.train_loss,
+        **{
+            f"{name}/{figure}": value
+            for name, score in run.evaluate_facts.scores.items()
+            for figure, value in score.figures().items()
+        },
+        "n_params": facts.n_params,
+        "steps": facts.steps,
+        "tokens": facts.tokens,
+        "flops": run.flops,
+        "tokens_per_second": facts.tokens_per_second,
+        "mfu": facts.mfu,
+        "hours": run.hours,
+        "gpu_hours": run.gpu_hours,
+        "dollars": run.dollars,
+        "device": facts.device,
+    }
+
+
+def document(run: Run, plots: Sequence[Plot]) -> Document:
+    """Lay the report out."""
+    recipe = recipe_of(run)
+    changed = departures(run, recipe) if recipe is not None else {}
+    return Document(
+        title=run.report.title,
+        subtitle=_subtitle(run),
+        tiles=_tiles(run),
+        lead=lead(run),
+        chapters=[
+            Chapter("Curves", [Gallery([Picture(plot.name, plot.title, plot.caption) for plot in plots])]),
+            Chapter("Asked, came out, published", chapters.results(run, changed)),
+            Chapter("Training in numbers", chapters.training(run)),
+            Chapter("Samples of text over training", chapters.samples(run)),
+            Chapter("Irregularities", chapters.irregularities(run)),
+            Chapter("Data", chapters.data(run)),
+            Chapter("Where it ran", chapters.stages(run)),
+            Chapter("How to do it again", chapters.again(run, recipe)),
+            Chapter("What the numbers mean", chapters.definitions(run)),
+        ],
+    )
+
+
+def lead(run: Run) -> str:
+    """One paragraph in plain words."""
+    facts, scored = run.train_facts, run.evaluate_facts
+    start = "from random weights" if run.train.init_from is None else f"from the weights of {run.train.init_from}"
+    cost = ""
+    if run.gpu_hours is not None:
+        cost = f": {fixed(run.gpu_hours, 1)} GPU-hours" + (
+            f", {dollars(run.dollars)}" if run.dollars is not None else ""
+        )
+    sentences = [
+        f"A GPT-2 with {short(facts.n_params, 4)} parameters was trained {start} on {short(facts.tokens)} tokens of "
+        f"{_origin(run)} ({_passes(run)}) in {duration(facts.total_seconds)} on {facts.device}{cost}.",
+        f"On {whole(scored.val_tokens)} tokens of text that it was not trained on, its loss is "
+        f"{fixed(scored.val_loss, 4)} nats a token, a perplexity of {fixed(perplexity(scored.val_loss), 1)}"
+        f"{_against(run)}.",
+    ]
+    for name, score in scored.scores.items():
+        figure = main_figure(score.figures())
+        if figure not in ("acc_norm", "acc"):
+            continue
+        told = [f"guessing gives {percent(score.chance)}"] if score.chance is not None else []
+        published = hellaswag_reference(run, name)
+        if published is not None:
+            told.append(f"{published[0].name} reaches {percent(published[1])}")
+        sentences.append(
+            f"On {benchmark_title(run, name)} it answers {percent(score.figures()[figure])} of "
+            f"{plural(score.examples, 'question')} rightly" + (f"; {', '.join(told)}" if told else "") + "."
+        )
+    return " ".join(sentences)
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 50 else math.inf
+
+
+def _subtitle(run: Run) -> Text:
+    parts: list[str] = ["recipe ", Code(run.report.name), ", ", Code(run.address)]
+    provenance = run.stage("train").provenance
+    if provenance is not None:
+        day = time.gmtime(provenance.ended)
+        parts.append(f", trained {day.tm_mday} {time.strftime('%B %Y', day)}")
+        if provenance.commit:
+            parts += [" at commit ", Code(short_commit(provenance.commit))]
+    return tuple(parts)
+
+
+def _tiles(run: Run) -> list[Tile]:
+    facts, loss = run.train_facts, val_loss_reference(run)
+    beside = f"{loss[0].name}: {loss[1]:.4f}" if loss else "nats a token"
+    tiles = [Tile("validation loss", fixed(run.evaluate_facts.val_loss, 4), beside)]
+    for name, score in run.evaluate_facts.scores.items():
+        figures = score.figures()
+        figure = main_figure(figures)
+        if figure is None:
+            continue
+        published = hellaswag_reference(run, name)
+        if published is not None:
+            beside = f"{published[0].name}: {published[1]:.4f}"
+        else:
+            beside = f"guessing: {score.chance:.4f}" if score.chance is not None else figure
+        value = fixed(figures[figure], 2 if figure == "perplexity" else 4)
+        tiles.append(Tile(benchmark_title(run, name), value, beside))
+    tiles += [
+        Tile("tokens", short(facts.tokens), plural(facts.steps, "step")),
+        Tile("training time", duration(facts.total_seconds), facts.device),
+    ]
+    if run.dollars is not None:
+        per_hour = f"{fixed(run.gpu_hours, 1)} GPU-hours at ${run.report.dollars_per_gpu_hour:g}"
+        tiles.append(Tile("cost", dollars(run.dollars), per_hour))
+    elif run.gpu_hours is not None:
+        tiles.append(Tile("GPU-hours", fixed(run.gpu_hours, 1 if run.gpu_hours >= 10 else 2), "no price given"))
+    mfu = f"{percent(facts.mfu)} MFU" if facts.mfu is not None else "median over steps"
+    tiles.append(Tile("tokens a second", short(facts.tokens_per_second), mfu))
+    return tiles
+
+
+def _origin(run: Run) -> str:
+    """The source without its revision, which the chapter on data gives in full."""
+    return run.download_facts.origin.partition("@")[0]
+
+
+def _passes(run: Run) -> str:
+    return "one pass" if 0.995 <= run.epochs < 1.005 else f"{fixed(run.epochs, 2)} passes over the training set"
+
+
+def _against(run: Run) -> str:
+    published = val_loss_reference(run)
+    if published is None:
+        return ""
+    difference = run.evaluate_facts.val_loss - published[1]
+    where = "below" if difference < 0 else "above"
+    return f"; that is {fixed(abs(difference), 3)} {where} {published[0].name} ({published[1]:.4f})"
