@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from huggingface_hub import constants, get_session, hf_hub_url
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -202,7 +202,7 @@ class Hub:
     def stream(self, file: HubFile, start: int) -> Iterator[tuple[int, bytes]]:
         """The file's bytes from `start` on as (offset, chunk). The offset begins at 0 where the server does not know
         ranges, or says that the file ends before `start`."""
-        url = hf_hub_url(self.repo, file.path, repo_type="dataset", revision=self.revision, endpoint=self.endpoint)
+        url = f"{self.endpoint}/datasets/{self.repo}/resolve/{self.revision}/{quote(file.path)}"
         headers = self.headers | ({"Range": f"bytes={start}-"} if start else {})
         with get_session().stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
             if response.status_code == 416:
@@ -210,7 +210,7 @@ class Hub:
                 raise HTTPError(f"the server's file ends before byte {start:,}")
             hf_raise_for_status(response)
             offset = start if response.status_code == 206 else 0
-            for chunk in response.iter_bytes(CHUNK):
+            for chunk in response.iter_bytes():  # as they come: a cut loses nothing that arrived
                 yield offset, chunk
                 offset += len(chunk)
 

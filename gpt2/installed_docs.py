@@ -227,11 +227,11 @@ _MARKUP = [
         (r"<!--.*?-->", re.DOTALL, ""),
         (r"^( *)(```|~~~).*?^ *\2 *$", re.DOTALL | re.MULTILINE, ""),  # fenced code
         (r"<(pre|table|svg|style|script)\b.*?</\1>", re.DOTALL | re.IGNORECASE, ""),
+        (r"`([^`<>]+?)\s*<[^`<>]+>`_{1,2}", 0, r"\1"),  # links of reStructuredText, whose addresses look like tags
         (r"</?[A-Za-z][^<>]*>", 0, ""),  # tags
         (r"\[?!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])(?:\](?:\([^)]*\)|\[[^\]]*\]))?", 0, ""),  # images and badges
         (r"\[([^\]\[]+)\](?:\(\s*[^)]*\)|\[[^\]]*\])", 0, r"\1"),  # links
         (r"^ *\[[^\]]+\]: .*$", re.MULTILINE, ""),  # their targets
-        (r"`([^`<>]+?)\s*<[^`<>]+>`_{1,2}", 0, r"\1"),  # links of reStructuredText
         (r"^ *\.\. .*(?:\n(?: +.*|(?=\n)))*", re.MULTILINE, ""),  # its directives, with what they hold
         (r":[a-z:]+:`~?([^`]+)`", 0, r"\1"),  # its roles
         (r"https?://\S+", 0, ""),
