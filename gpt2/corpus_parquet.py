@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,12 +77,14 @@ def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
 
 
 def _open(path: str, name: str) -> pq.ParquetFile:
-    held: tuple[str, pq.ParquetFile] | None = getattr(_held, "file", None)
-    if held is not None and held[0] == path:
+    stat = None if "://" in path or not Path(path).exists() else Path(path).stat()
+    key = (path, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))  # not a file that was replaced since
+    held: tuple[object, pq.ParquetFile] | None = getattr(_held, "file", None)
+    if held is not None and held[0] == key:
         return held[1]
     # pre_buffer would fetch the column of the whole file; a buffer_size lets a column chunk be read in pieces.
     file = pq.ParquetFile(open_raw(path, name), pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-    _held.file = (path, file)
+    _held.file = (key, file)
     return file
 
 

@@ -129,15 +129,16 @@ def check_space(directory: Path, expected: int, written: int) -> None:
     """
     need = max(0, expected - written) * TOKEN.itemsize
     free = shutil.disk_usage(directory).free
-    print(
-        f"tokenize: about {expected:,} tokens, {need / 1e9:,.3f} GB of shards to write; {free / 1e9:,.1f} GB are free",
-        flush=True,
-    )
+    print(f"tokenize: about {expected:,} tokens, {_size(need)} of shards to write, {_size(free)} free", flush=True)
     if need > free:
         raise UserError(
-            f"the shards need about {need / 1e9:,.3f} GB and {directory} has {free / 1e9:,.3f} GB free: free "
-            f"{(need - free) / 1e9:,.3f} GB more or move the store to a larger disk (runtime.store)"
+            f"the shards need about {_size(need)} and {directory} has {_size(free)} free: free {_size(need - free)} "
+            f"more or move the store to a larger disk (runtime.store)"
         )
+
+
+def _size(n_bytes: int) -> str:
+    return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 10**9 else f"{n_bytes / 1e6:,.3f} MB"
 
 
 class Reporter:
