@@ -305,7 +305,7 @@ def test_a_worker_that_dies(tmp_path: Path, count: int, little_units: None) -> N
     from gpt2.worker import Processes
 
     path = tmp_path / "a.txt"
-    path.write_text("word " * 200_000)
+    path.write_text("word " * 2_000_000)
     processes = Processes(count, Reading("text"), "tiktoken")
     unit = Unit(path=str(path), name="a.txt", kind="txt", first=0, last=10**7, size=10**7)
     results = processes.run(unit)
@@ -319,7 +319,7 @@ def test_a_worker_that_dies(tmp_path: Path, count: int, little_units: None) -> N
 
 def test_errors_cross_from_worker_processes(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "fine"}\n{"text": 1}\n' + '{"text": "more"}\n' * 200_000)
+    path.write_text('{"text": "fine"}\n{"text": 1}\n' + (json.dumps({"text": "more " * 200}) + "\n") * 20_000)
     stage = tokenize_stage(tmp_path, [path], runtime={"tokenize_workers": 2}, shard_tokens=1000)
     done = command(stage)
     assert done.returncode == 2 and done.stderr.startswith(
