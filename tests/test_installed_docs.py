@@ -102,7 +102,7 @@ def test_our_own_readme_is_left_out(made: list[Document]) -> None:
     [
         "The with statement is used to wrap the execution of a block with methods defined by a context manager.",
         "Queue.put: Put an item into the queue.",
-        "It's a “quoted” remark – one with a long dash, in (brackets) and with 3 numbers in it.",
+        "It's a “quoted” remark – something with dashes, with (brackets) and with 3 numbers.",
     ],
 )
 def test_sentences_are_prose(line: str) -> None:
