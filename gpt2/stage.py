@@ -6,6 +6,7 @@ and runtime.json, and ends with manifest.json written or with a non-zero exit st
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import importlib.metadata
 import platform
@@ -189,6 +190,8 @@ def main(work: Callable[[StageDir], object], argv: list[str] | None = None) -> N
     except UserError as error:
         fail(str(error), 2)
     except OSError as error:
+        if error.errno == errno.ENOSPC:
+            fail(f"no space left for {arguments[0]}: free some and run again, finished work is kept", 2)
         fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
     except Exception:
         traceback.print_exc()
