@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -19,10 +20,11 @@ from huggingface_hub import constants
 
 from gpt2 import hub
 from gpt2.config import HubFiles, HubShards, LocalFiles, Runtime
+from gpt2.download import Reporter
 from gpt2.errors import UserError
 from gpt2.hub import Patience
 from gpt2.manifest import DownloadFacts, Manifest, Request, read_model
-from gpt2.metrics import read_metrics
+from gpt2.metrics import MetricsWriter, read_metrics
 from gpt2.plan import prepare
 from gpt2.sources import SHARD_FORMATS, TEXT_FORMATS, fetch, identify
 
@@ -369,6 +371,53 @@ def test_a_damaged_part_is_found_out(server: HubServer, tmp_path: Path) -> None:
     part.write_bytes(bytes(500_000))  # longer than the file
     (tmp_path / "data" / "00000-a.parquet").unlink()
     assert get(source("sample/a.parquet"), tmp_path) == [FILES["sample/a.parquet"]]
+
+
+FULL_DISK = """
+mount -t tmpfs -o size=2m tmpfs "$1/data" || exit 77
+"$2" -m gpt2.download "$1" & stage=$!
+while [ ! -s "$1"/data/.00000*.part ]; do sleep 0.02; done
+cat /dev/zero > "$1/data/filler" 2>/dev/null
+wait $stage; echo "status $?"
+rm "$1/data/filler"
+"$2" -m gpt2.download "$1"; echo "status $?"
+sha256sum "$1"/data/0*
+"""
+
+
+def test_a_disk_that_fills_up_midway(server: HubServer, tmp_path: Path) -> None:
+    """Catches: a traceback when another program takes the space that was there at the start, or the part lost."""
+    if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("needs user namespaces, to mount a small disk")
+    data = content(5, 1_000_000)
+    server.datasets["o/one"] = Dataset({"f.bin": data})
+    server.chunk, server.seconds_per_chunk = 10_000, 0.01
+    directory = stage(HubShards(repo="o/one", revision=REVISION, files=("f.bin",)), tmp_path / "store")
+    (directory / "data").mkdir()
+    command = ["unshare", "-rm", "sh", "-c", FULL_DISK, "sh", str(directory), sys.executable]
+    done = subprocess.run(command, env=environment(server, tmp_path), capture_output=True, text=True, timeout=120)
+    if done.returncode == 77:
+        pytest.skip("may not mount a small disk here")
+    assert [line for line in done.stdout.splitlines() if "status" in line] == ["status 2", "status 0"], done
+    assert done.stderr.startswith("error: no space left for ") and done.stderr.count("\n") == 1
+    assert hashlib.sha256(data).hexdigest() in done.stdout
+    first, second = server.requests("f.bin", host="storage")
+    assert first.start == 0 and second.start > 0
+
+
+def test_progress_is_printed_with_rate_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: an hour of silence; a rate that counts what an earlier session downloaded."""
+    with Reporter(MetricsWriter(tmp_path / "metrics.jsonl")) as report:
+        report.PRINT_SECONDS = report.METRICS_SECONDS = 0.0
+        report(500_000_000, 3_000_000_000, 1)
+        time.sleep(0.5)
+        report(1_000_000_000, 3_000_000_000, 2)
+    line = capsys.readouterr().out.splitlines()[-1]
+    found = re.fullmatch(r"download: 2 files whole, 1\.000 of 3\.000 GB, ([\d,.]+) MB/s, (\d+) s left", line)
+    assert found, line
+    assert 400 < float(found[1].replace(",", "")) <= 1_000 and 2 <= int(found[2]) <= 5
+    last = list(read_metrics(tmp_path / "metrics.jsonl"))[-1]
+    assert (last["step"], last["done"], last["total"], last["unit"]) == (2, 1_000_000_000, 3_000_000_000, "bytes")
 
 
 # ---------------------------------------------------------------------------------------------------------- local files
