@@ -9,30 +9,14 @@ from typing import Any
 
 import yaml
 
-from gpt2.config import RunConfig
-from gpt2.errors import UserError
 from gpt2.manifest import Request
-from gpt2.recipe import load
 from gpt2.report_run import Run
 
 
-def recipe_of(run: Run) -> RunConfig | None:
-    """The recipe in conf/ that the run names, as it stands there now; None where there is none."""
-    try:
-        return load(run.report.name)
-    except UserError:
-        return None
-
-
-def configuration(run: Run, recipe: RunConfig | None) -> dict[str, Any]:
-    """What the run was asked, as a conf/<name>.yaml holds it.
-
-    Args:
-        recipe: gives what no stage was asked: benchmarks that were not scored, and which of them are optional.
-    """
-    benchmarks: dict[str, Any] = {}
-    if recipe is not None:
-        benchmarks = recipe.model_dump(mode="json")["benchmarks"]
+def configuration(run: Run) -> dict[str, Any]:
+    """What the run was asked, as a conf/<name>.yaml holds it. What no stage was asked is as in the recipe: benchmarks
+    that were not scored, and which of them are optional."""
+    benchmarks: dict[str, Any] = run.recipe.model_dump(mode="json")["benchmarks"] if run.recipe else {}
     for name in run.benchmarks:
         request = run.stage(f"benchmark-{name}").request
         section = dict(request.config)
@@ -50,20 +34,20 @@ def configuration(run: Run, recipe: RunConfig | None) -> dict[str, Any]:
     }
 
 
-def departures(run: Run, recipe: RunConfig) -> dict[str, Any]:
-    """Dotted field -> value, wherever the run was asked something else than its recipe says."""
-    return dict(_differences(recipe.model_dump(mode="json"), configuration(run, recipe)))
+def departures(run: Run) -> dict[str, Any]:
+    """Dotted field -> value, wherever the run was asked something else than its recipe says; empty without a recipe."""
+    return dict(_differences(run.recipe.model_dump(mode="json"), configuration(run))) if run.recipe else {}
 
 
-def command(run: Run, recipe: RunConfig | None) -> str:
+def command(run: Run) -> str:
     """Lines for a shell at the root of the repository."""
-    commit = run.stage("train").provenance
+    provenance = run.stage("train").provenance
     lines = []
-    if commit is not None and commit.commit is not None:
-        lines.append(f"git checkout {commit.commit.removesuffix('+')}")
-    if recipe is None:
+    if provenance is not None and provenance.commit is not None:
+        lines.append(f"git checkout {provenance.commit.removesuffix('+')}")
+    if run.recipe is None:
         lines.append(f"make reproduce CONF={run.report.name}.yaml   # the configuration below, saved under this name")
-    elif changed := departures(run, recipe):
+    elif changed := departures(run):
         lines.append("make install")
         given = [shlex.quote(f"{field}={_yaml_value(value)}") for field, value in changed.items()]
         lines.append(" \\\n    ".join([f".venv/bin/python -m flows.reproduce {run.report.name}", *given]))
@@ -78,15 +62,9 @@ def as_yaml(tree: dict[str, Any]) -> str:
 
 
 def _source(request: Request) -> dict[str, Any]:
-    """A source as a configuration says it. An identity alone may hold hashes where a configuration has paths: those
-    are among the hints."""
-    identity, hints = request.config["source"], request.hints.get("source", {})
-    if identity["kind"].startswith("local"):
-        return {
-            **{key: value for key, value in identity.items() if key in ("kind", "text_column")},
-            "paths": hints["paths"],
-        }
-    return dict(identity)
+    """A source as a configuration says it: the identity has hashes where a configuration has paths."""
+    source: dict[str, Any] = request.hints["source"]["source"]
+    return source
 
 
 def _differences(recipe: Any, run: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gpt2.config import RunConfig
 from gpt2.flops import flops_per_token
 from gpt2.report_again import as_yaml, command, configuration
 from gpt2.report_compare import asked_as_published, benchmark_title, notes, standard_error
@@ -34,12 +33,8 @@ ANOMALIES_SHOWN = 50
 SAME_LOSS = 0.002  # nats a token; training scores in its own precision, evaluation may in another
 
 
-def results(run: Run, departures: dict[str, Any]) -> list[Block]:
-    """What was asked, what came out, and what others published.
-
-    Args:
-        departures: fields in which the run is not as its recipe says.
-    """
+def results(run: Run) -> list[Block]:
+    """What was asked, what came out, and what others published."""
     asked, facts, scored = run.train, run.train_facts, run.evaluate_facts
     published = run.report.published
     none = [DASH] * len(published)
@@ -70,12 +65,12 @@ def results(run: Run, departures: dict[str, Any]) -> list[Block]:
             rows.append([label, plural(score.examples, "example"), _figure(figure, value, score.examples), *others])
     rows += [
         ["hours", DASH, hours(run.hours), *beside("hours", hours)],
-        ["on", DASH, facts.device, *beside("gpus", str)],
+        ["on", DASH, run.device, *beside("gpus", str)],
         ["dollars", _price(run), dollars(run.dollars), *beside("dollars", dollars)],
     ]
     head = ["", "asked", "came out", *(each.name for each in published)]
     table = Table(head, rows, numbers=True, strong=2)
-    found = notes(run, departures)
+    found = notes(run)
     return [table, Points(found)] if found else [table]
 
 
@@ -88,7 +83,7 @@ def training(run: Run) -> list[Block]:
             f"6 N + 6 L C T, as llm.c counts: 6 × {model.n_params():,} + 6 × {model.n_layer} × {model.n_embd:,} × "
             f"{model.block_size:,}; forward and backward, attention causal"
         )
-    mfu = f"not given: the peak of {facts.device} is not known"
+    mfu = f"not given: the peak of {run.device} is not known"
     if facts.mfu:
         peak = facts.tokens_per_second * facts.flops_per_token / (facts.mfu * facts.world_size)
         mfu = (
@@ -106,7 +101,7 @@ def training(run: Run) -> list[Block]:
         ["MFU", percent(facts.mfu, 2), mfu],
         ["time in steps", duration(facts.train_seconds), "validation, benchmarks, checkpoints not counted"],
         ["hours", hours(run.hours), f"{facts.total_seconds:,.0f} s over all sessions, everything counted"],
-        ["GPU-hours", fixed(run.gpu_hours, 2), f"hours × {plural(run.gpus, 'GPU')}"],
+        ["GPU-hours", short(run.gpu_hours), f"hours × {plural(run.gpus, 'GPU')}"],
         ["dollars", dollars(run.dollars), cost],
         ["training loss", fixed(facts.train_loss, 4), "mean over the last 1 % of steps, nats a token"],
         ["precision", facts.precision, plural(facts.world_size, "process", "processes")],
@@ -219,9 +214,9 @@ def stages(run: Run) -> list[Block]:
     return blocks
 
 
-def again(run: Run, recipe: RunConfig | None) -> list[Block]:
+def again(run: Run) -> list[Block]:
     """The command, and the whole configuration."""
-    blocks: list[Block] = [Listing(command(run, recipe))]
+    blocks: list[Block] = [Listing(command(run))]
     provenance = run.stage("train").provenance
     if provenance is not None and provenance.commit and provenance.commit.endswith("+"):
         blocks.append(Paragraph("The files that ran differed from that commit; how, is not recorded."))
@@ -230,7 +225,7 @@ def again(run: Run, recipe: RunConfig | None) -> list[Block]:
         "The same configuration gives the same addresses: what the store has of it is not run again. One stage alone: "
     )
     blocks.append(Paragraph((cached, stage)))
-    blocks.append(Listing(as_yaml(configuration(run, recipe)), folded="The whole configuration"))
+    blocks.append(Listing(as_yaml(configuration(run)), folded="The whole configuration"))
     return blocks
 
 

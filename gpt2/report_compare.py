@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gpt2.config import Published
 from gpt2.manifest import Score
+from gpt2.report_again import departures
 from gpt2.report_document import Code, Text
 from gpt2.report_run import Run
 
 HELLASWAG_EXAMPLES = 10_042  # of the validation set, which published figures are over
+TRAINING = tuple(
+    f"train.{field}"
+    for field in ("model", "optim", "total_batch_size", "max_steps", "shuffle", "align_documents", "init_from")
+)
+"""what decides how good the model gets"""
 _PROPER = {
     "hellaswag": "HellaSwag",
     "continuation": "Continuation",
@@ -49,26 +54,29 @@ def asked_as_published(run: Run, name: str) -> bool:
     return run.benchmarks[name].kind == "hellaswag" and (score is None or score.prompt in ("", "llm.c"))
 
 
-def reference(published: Sequence[Published], field: str) -> tuple[Published, float] | None:
-    """The published entry to name first beside our own `field`, with its value: OpenAI's GPT-2 where it has one."""
-    having = [(each, value) for each in published if (value := getattr(each, field)) is not None]
-    return next((pair for pair in having if "GPT-2" in pair[0].name), having[0] if having else None)
+def other_text(run: Run) -> list[str]:
+    """The fields in which the run departs from its recipe so that it was not validated on the same tokens."""
+    return [field for field in departures(run) if field.startswith(("download.", "tokenize.", "evaluate.val_tokens"))]
 
 
 def val_loss_reference(run: Run) -> tuple[Published, float] | None:
-    return reference(run.report.published, "val_loss")
+    """The published validation loss to name first beside ours; None where there is none that compares."""
+    return None if other_text(run) else _reference(run.report.published, "val_loss")
 
 
 def hellaswag_reference(run: Run, name: str) -> tuple[Published, float] | None:
-    return reference(run.report.published, "hellaswag_acc_norm") if asked_as_published(run, name) else None
+    """The same for acc_norm of HellaSwag."""
+    return _reference(run.report.published, "hellaswag_acc_norm") if asked_as_published(run, name) else None
 
 
-def notes(run: Run, departures: Mapping[str, Any]) -> list[Text]:
-    """Where the published figures stand, and what keeps them from being compared.
+def _reference(published: Sequence[Published], field: str) -> tuple[Published, float] | None:
+    """OpenAI's GPT-2 where it has a figure that compares, else the first that has one."""
+    having = [(each, value) for each in published if (value := getattr(each, field)) is not None and each.note is None]
+    return next((pair for pair in having if "GPT-2" in pair[0].name), having[0] if having else None)
 
-    Args:
-        departures: fields in which the run is not as its recipe says.
-    """
+
+def notes(run: Run) -> list[Text]:
+    """Where the published figures stand, and what keeps them from being compared."""
     published = run.report.published
     found: list[Text] = [
         f"{each.name}: {each.source}." + (f" Not comparable: {each.note}." if each.note else "") for each in published
@@ -77,11 +85,11 @@ def notes(run: Run, departures: Mapping[str, Any]) -> list[Text]:
         found.append("± is one standard error of a share p of n examples, sqrt(p (1 - p) / n).")
     if not published:
         return found
-    elsewhere = [field for field in departures if field.startswith(("download.", "tokenize.", "evaluate.val_tokens"))]
-    if elsewhere:
-        why = "Not comparable: the validation losses. This run's validation text is not the recipe's; it departs in "
+    elsewhere = other_text(run)
+    if elsewhere and any(each.val_loss is not None for each in published):
+        why = "Not comparable: the validation losses. This run's validation tokens are not the recipe's: it departs in "
         found.append((why, *_fields(elsewhere), "."))
-    trained = [field for field in departures if field.startswith("train.")]
+    trained = [field for field in departures(run) if field.startswith(TRAINING)]
     if trained:
         why = "The published figures are for the recipe as it stands; this run was trained with another "
         found.append((why, *_fields(trained), "."))

@@ -7,10 +7,9 @@ import time
 from collections.abc import Sequence
 
 from gpt2 import report_chapters as chapters
-from gpt2.report_again import departures, recipe_of
 from gpt2.report_compare import benchmark_title, hellaswag_reference, main_figure, val_loss_reference
 from gpt2.report_document import Chapter, Code, Document, Gallery, Picture, Text, Tile
-from gpt2.report_format import dollars, duration, fixed, percent, plural, short, short_commit, whole
+from gpt2.report_format import dollars, duration, fixed, percent, plural, short, short_commit, significant, whole
 from gpt2.report_plots import Plot
 from gpt2.report_run import Run
 
@@ -41,8 +40,6 @@ def headline(run: Run) -> dict[str, float | str | None]:
 
 def document(run: Run, plots: Sequence[Plot]) -> Document:
     """Lay the report out."""
-    recipe = recipe_of(run)
-    changed = departures(run, recipe) if recipe is not None else {}
     return Document(
         title=run.report.title,
         subtitle=_subtitle(run),
@@ -50,13 +47,13 @@ def document(run: Run, plots: Sequence[Plot]) -> Document:
         lead=lead(run),
         chapters=[
             Chapter("Curves", [Gallery([Picture(plot.name, plot.title, plot.caption) for plot in plots])]),
-            Chapter("Asked, came out, published", chapters.results(run, changed)),
+            Chapter("Asked, came out, published", chapters.results(run)),
             Chapter("Training in numbers", chapters.training(run)),
             Chapter("Samples of text over training", chapters.samples(run)),
             Chapter("Irregularities", chapters.irregularities(run)),
             Chapter("Data", chapters.data(run)),
             Chapter("Where it ran", chapters.stages(run)),
-            Chapter("How to do it again", chapters.again(run, recipe)),
+            Chapter("How to do it again", chapters.again(run)),
             Chapter("What the numbers mean", chapters.definitions(run)),
         ],
     )
@@ -68,12 +65,12 @@ def lead(run: Run) -> str:
     start = "from random weights" if run.train.init_from is None else f"from the weights of {run.train.init_from}"
     cost = ""
     if run.gpu_hours is not None:
-        cost = f": {fixed(run.gpu_hours, 1)} GPU-hours" + (
+        cost = f": {significant(run.gpu_hours)} GPU-hours" + (
             f", {dollars(run.dollars)}" if run.dollars is not None else ""
         )
     sentences = [
         f"A GPT-2 with {short(facts.n_params, 4)} parameters was trained {start} on {short(facts.tokens)} tokens of "
-        f"{_origin(run)} ({_passes(run)}) in {duration(facts.total_seconds)} on {facts.device}{cost}.",
+        f"{_origin(run)} ({_passes(run)}) in {duration(facts.total_seconds)} on {run.device}{cost}.",
         f"On {whole(scored.val_tokens)} tokens of text that it was not trained on, its loss is "
         f"{fixed(scored.val_loss, 4)} nats a token, a perplexity of {fixed(perplexity(scored.val_loss), 1)}"
         f"{_against(run)}.",
@@ -126,13 +123,13 @@ def _tiles(run: Run) -> list[Tile]:
         tiles.append(Tile(benchmark_title(run, name), value, beside))
     tiles += [
         Tile("tokens", short(facts.tokens), plural(facts.steps, "step")),
-        Tile("training time", duration(facts.total_seconds), facts.device),
+        Tile("training time", duration(facts.total_seconds), run.device),
     ]
-    if run.dollars is not None:
-        per_hour = f"{fixed(run.gpu_hours, 1)} GPU-hours at ${run.report.dollars_per_gpu_hour:g}"
+    if run.gpu_hours is not None and run.dollars is not None:
+        per_hour = f"{significant(run.gpu_hours)} GPU-hours at ${run.report.dollars_per_gpu_hour:g}"
         tiles.append(Tile("cost", dollars(run.dollars), per_hour))
     elif run.gpu_hours is not None:
-        tiles.append(Tile("GPU-hours", fixed(run.gpu_hours, 1 if run.gpu_hours >= 10 else 2), "no price given"))
+        tiles.append(Tile("GPU-hours", significant(run.gpu_hours), "no price given"))
     mfu = f"{percent(facts.mfu)} MFU" if facts.mfu is not None else "median over steps"
     tiles.append(Tile("tokens a second", short(facts.tokens_per_second), mfu))
     return tiles

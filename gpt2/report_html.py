@@ -101,7 +101,7 @@ def _block(block: Block, pictures: Mapping[str, str]) -> str:
 
 
 def _table(table: Table) -> str:
-    kind = ' class="numbers"' if table.numbers else ""
+    kind = ' class="numbers"' if table.numbers else ' class="stacked"' if len(table.head) <= 3 else ""
     head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in table.head)
     head = f"<thead><tr>{head}</tr></thead>\n" if any(table.head) else ""
     rows = []

@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from gpt2.report_compare import asked_as_published, benchmark_title, main_figure
+from gpt2.report_compare import asked_as_published, benchmark_title, main_figure, other_text
 from gpt2.report_format import fixed, percent, rate, short
 from gpt2.report_run import Curve, Run
 
@@ -129,6 +129,8 @@ def _loss(run: Run) -> Plot | None:
     caption = "Loss on the validation text, in nats a token, over the tokens trained on."
     if val and train:
         caption = f"{caption} The faint line is the loss of the training batches."
+    if levels and other_text(run):
+        caption = f"{caption} The published lines are of other validation tokens and do not compare."
     if cut:
         caption = f"{caption} The curve starts at {last.values[0]:.2f}, above the plot."
     return _finished("validation_loss", "Validation loss" if val else "Training loss", caption, figure, axes)
@@ -147,11 +149,11 @@ def _name_training(axes: Axes, run: Run, curve: Curve) -> None:
 
 
 def _published(run: Run, field: str, digits: int) -> list[Level]:
-    """The published figures of one kind, each entry in the colour it has in every plot."""
+    """The published figures of one kind that compare, each entry in the colour it has in every plot."""
     return [
         Level(value, f"{published.name}\n{fixed(value, digits)}", colour)
         for published, colour in zip(run.report.published, cycle(PUBLISHED), strict=False)
-        if (value := getattr(published, field)) is not None
+        if (value := getattr(published, field)) is not None and published.note is None
     ]
 
 
@@ -211,7 +213,7 @@ def _learning_rate(run: Run) -> Plot | None:
     figure, axes = _figure()
     _line(axes, *_points(curve), OURS)
     _step_axis(axes)
-    axes.set_ylim(0, 1.12 * max(curve.values) or 1)
+    axes.set_ylim(0, 1.12 * max(*curve.values, run.train.optim.max_lr))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: rate(value)))
     optim = run.train.optim
     shape = "a cosine" if optim.schedule == "cosine" else "a plateau and a linear decay"

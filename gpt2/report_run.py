@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import EvaluateConfig, ReportConfig, TokenizeConfig, TrainConfig
+from gpt2.config import EvaluateConfig, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
+from gpt2.errors import UserError
 from gpt2.manifest import (
     METRICS,
     PROVENANCE,
@@ -26,6 +27,7 @@ from gpt2.manifest import (
     read_model,
 )
 from gpt2.metrics import NOT_METRICS, read_metrics
+from gpt2.recipe import load
 from gpt2.stage import Provenance, StageDir
 
 SAMPLES, ANOMALIES = "samples.jsonl", "anomalies.jsonl"
@@ -106,6 +108,8 @@ class Run:
     curves: Curves
     samples: tuple[Sample, ...]
     anomalies: tuple[dict[str, Any], ...]
+    recipe: RunConfig | None = None
+    """what conf/ holds under the run's name now; None where it holds nothing"""
 
     def stage(self, label: str) -> StageRecord:
         return next(stage for stage in self.stages if stage.label == label)
@@ -114,6 +118,11 @@ class Run:
     def gpus(self) -> int:
         """GPUs that trained; 0 on CPUs."""
         return 0 if self.train_facts.device.startswith("cpu") else self.train_facts.world_size
+
+    @property
+    def device(self) -> str:
+        """What trained, in words."""
+        return self.train_facts.device if self.gpus else "the CPU"
 
     @property
     def hours(self) -> float:
@@ -161,9 +170,10 @@ def gather(directory: StageDir) -> Run:
         "train": model,
         "evaluate": scores,
     }
+    report = directory.config(ReportRequest)
     return Run(
         address=directory.request.address,
-        report=directory.config(ReportRequest),
+        report=report,
         stages=tuple(_record(label, stage) for label, stage in named.items()),
         train=model.config(TrainConfig),
         train_facts=model.facts(TrainFacts),
@@ -176,7 +186,15 @@ def gather(directory: StageDir) -> Run:
         curves=read_curves(read_metrics(model.path / METRICS)),
         samples=read_samples(model.path / SAMPLES),
         anomalies=tuple(_json_lines(model.path / ANOMALIES)),
+        recipe=_recipe(report.name),
     )
+
+
+def _recipe(name: str) -> RunConfig | None:
+    try:
+        return load(name)
+    except UserError:
+        return None
 
 
 def _benchmarks(model: StageDir, scores: StageDir) -> dict[str, StageDir]:
@@ -201,13 +219,13 @@ def read_curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
     """Sort the lines of a metrics.jsonl into curves.
 
     A step that stands there twice (a run that was killed and went on before its file was cut) counts as it was last
-    written. Values that are not finite are left out of the curve and counted.
+    written. Values that are not finite (NaN, infinite, or null) are left out of the curve and counted.
     """
     points: dict[str, dict[int, float]] = {}
     for line in lines:
         for name, value in line.items():
-            if name not in NOT_METRICS and isinstance(value, int | float):
-                points.setdefault(name, {})[line["step"]] = value
+            if name not in NOT_METRICS and (value is None or isinstance(value, int | float)):
+                points.setdefault(name, {})[line["step"]] = math.nan if value is None else value
     curves = Curves()
     for name, by_step in points.items():
         finite = sorted((step, value) for step, value in by_step.items() if math.isfinite(value))

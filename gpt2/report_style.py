@@ -64,6 +64,15 @@ li { margin: .2rem 0; overflow-wrap: anywhere; }
   .tiles { grid-template-columns: 1fr 1fr; gap: .5rem; }
   .tile { padding: .65rem .75rem; }
   .tile .value { font-size: 1.2rem; }
+  td.strong { white-space: normal; }
+  .numbers { font-size: .8rem; }
+  .numbers tbody th { min-width: 5.5rem; }
+  .numbers th, .numbers td { padding-right: .5rem; }
+  table:not([class]) td { white-space: nowrap; }
+  .stacked thead { display: none; }
+  .stacked tr { display: block; border-bottom: 1px solid var(--grid); padding: .4rem 0; }
+  .stacked th, .stacked td { display: block; border: 0; padding: 0; overflow-wrap: anywhere; }
+  .stacked tbody th { color: var(--muted); font-size: .82rem; }
 }
 @media print {
   body { font-size: 10.5pt; }
