@@ -29,6 +29,21 @@ _PROPER = {
 }
 
 
+_TASK = {
+    "hellaswag": "the right one of four endings",
+    "continuation": "the true continuation of a held-out passage among four",
+    "lambada": "the last word of a passage",
+    "piqa": "the better of two ways to a goal",
+    "winogrande": "whom a sentence is about, of two",
+}
+
+
+def benchmark_task(run: Run, name: str) -> str:
+    """What is asked, as a parenthesis for people who do not know the benchmark; empty for those without one."""
+    task = _TASK.get(run.benchmarks[name].kind)
+    return f" ({task})" if task else ""
+
+
 def benchmark_title(run: Run, name: str) -> str:
     """What a benchmark is called in headings: "HellaSwag"; with our own name for it where that says more."""
     kind = run.benchmarks[name].kind

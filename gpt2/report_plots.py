@@ -194,7 +194,7 @@ def _benchmark(run: Run, name: str) -> Plot | None:
         axes.plot(run.train_facts.tokens, final, "o", color=OURS, markersize=5, clip_on=False, zorder=4)
     end = final if final is not None else curve.values[-1]
     values = [*curve.values, end, *(level.value for level in levels)]
-    margin = 0.1 * (max(values) - min(values)) or 0.02
+    margin = max(0.1 * (max(values) - min(values)), 0.01)  # noise of a few examples is not to fill the plot
     axes.set_ylim(min(values) - margin, max(values) + margin)
     _levels(axes, levels, Level(end, f"this run\n{fixed(end, 4)}", OURS))
     _token_axis(axes, run)

@@ -230,8 +230,9 @@ def test_identifiers_are_unique_and_pictures_are_xml(store: Store, page: Page) -
     ids = [value for _, name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     used = {value[1:] for _, name, value in page.attributes if name.endswith("href")}
-    assert used <= set(ids)
     text = (store.report.path / "report.html").read_text(encoding="utf-8")
+    used |= set(re.findall(r"url\(#([^)]+)\)", text))
+    assert used and used <= set(ids)
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(pictures) == 6
     for picture in pictures:
@@ -486,6 +487,11 @@ def test_the_command_gives_the_same_addresses(tmp_path: Path, overrides: dict[st
     assert command(run).startswith("git checkout 0123456789abcdef0123456789abcdef01234567\n")
     if not overrides:
         assert command(run).endswith("make reproduce CONF=124m")
+
+
+def test_the_demo_is_done_again_as_it_was_begun(tmp_path: Path) -> None:
+    run = run_of(Store(tmp_path, load("demo"), gpus=0))
+    assert command(run).splitlines()[-1] == "make demo"
 
 
 def test_the_configuration_in_the_report_gives_the_same_addresses(tmp_path: Path) -> None:
