@@ -1,0 +1,436 @@
+/* GPT-2's byte-level BPE: UTF-8 in, uint16 token ids out, the same ids as tiktoken's encode_ordinary.
+ *
+ * A text is divided into pieces by the pattern
+ *
+ *     '(?:[sdmt]|ll|ve|re) |  ?\p{L}++ |  ?\p{N}++ |  ?[^\s\p{L}\p{N}]++ | \s++$ | \s+(?!\S) | \s
+ *
+ * and each piece is merged, starting from its bytes: again and again the neighbours whose concatenation is the token of
+ * lowest id, the leftmost of them, become that token. Text repeats itself, so what a piece was merged into is remembered.
+ *
+ * Tables are shared by threads and never written after they are made; a worker belongs to one thread at a time.
+ * Input is expected to be valid UTF-8; anything else gives some ids, but no access outside the buffers.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
+#define EOT 50256
+#define LIKELY(x) __builtin_expect(!!(x), 1)
+#define UNLIKELY(x) __builtin_expect(!!(x), 0)
+
+enum { OTHER, LETTER, NUMBER, SPACE };
+enum { NO_MEMORY = -1, PIECE_TOO_LONG = -2 };
+
+typedef struct {
+    const uint8_t *class_of; /* [0x110000]; the caller keeps it alive */
+    uint64_t *pairs;         /* open addressing: (left << 16 | right) << 16 | merged, EMPTY */
+    uint64_t pair_mask;
+    uint16_t byte_id[256];
+} Tables;
+
+/* Remembered pieces. The key is the piece's bytes, zero-padded, its length in the last byte; a free slot has length 0. */
+typedef struct {
+    uint64_t key[2];
+    uint16_t n, id[7];
+} Short; /* up to 15 bytes and 7 ids: two in a cache line */
+
+typedef struct {
+    uint64_t key[4];
+    uint16_t n, id[15];
+} Long; /* up to 31 bytes and 15 ids */
+
+#define SHORTS (1u << 18) /* 8 MiB */
+#define LONGS (1u << 15)  /* 2 MiB */
+
+typedef struct {
+    const Tables *tables;
+    Short *shorts;
+    Long *longs;
+    int64_t error;
+} Worker;
+
+/* ------------------------------------------------------------------------------------------------------- tables */
+
+#define EMPTY UINT64_MAX
+
+static inline uint64_t pair_slot(uint32_t pair, uint64_t mask) {
+    return (pair * 0x9E3779B97F4A7C15ull >> 32) & mask;
+}
+
+/* The id that two neighbours become, or -1. Ids are ranks: the lower is merged first. */
+static inline int32_t merged(const Tables *t, uint16_t left, uint16_t right) {
+    uint32_t pair = (uint32_t)left << 16 | right;
+    for (uint64_t slot = pair_slot(pair, t->pair_mask);; slot = (slot + 1) & t->pair_mask) {
+        uint64_t entry = t->pairs[slot];
+        if (entry == EMPTY) return -1;
+        if (entry >> 16 == pair) return (int32_t)(entry & 0xFFFF);
+    }
+}
+
+void bpe_tables_free(Tables *t) {
+    if (t) free(t->pairs);
+    free(t);
+}
+
+Tables *bpe_tables_new(const uint8_t *class_of, const uint16_t *byte_id, const uint32_t *pair, const uint16_t *id, uint64_t n) {
+    Tables *t = calloc(1, sizeof *t);
+    if (!t) return NULL;
+    uint64_t size = 4;
+    while (size < 2 * n + 2) size *= 2;
+    t->class_of = class_of;
+    t->pair_mask = size - 1;
+    memcpy(t->byte_id, byte_id, sizeof t->byte_id);
+    t->pairs = malloc(size * sizeof *t->pairs);
+    if (!t->pairs) {
+        bpe_tables_free(t);
+        return NULL;
+    }
+    memset(t->pairs, 0xFF, size * sizeof *t->pairs);
+    for (uint64_t i = 0; i < n; i++) {
+        uint64_t slot = pair_slot(pair[i], t->pair_mask);
+        while (t->pairs[slot] != EMPTY) slot = (slot + 1) & t->pair_mask;
+        t->pairs[slot] = (uint64_t)pair[i] << 16 | id[i];
+    }
+    return t;
+}
+
+void bpe_worker_free(Worker *w) {
+    if (w) {
+        free(w->shorts);
+        free(w->longs);
+    }
+    free(w);
+}
+
+Worker *bpe_worker_new(const Tables *tables) {
+    Worker *w = calloc(1, sizeof *w);
+    if (!w) return NULL;
+    w->tables = tables;
+    w->shorts = aligned_alloc(64, SHORTS * sizeof(Short));
+    w->longs = aligned_alloc(64, LONGS * sizeof(Long));
+    if (!w->shorts || !w->longs) {
+        bpe_worker_free(w);
+        return NULL;
+    }
+    memset(w->shorts, 0, SHORTS * sizeof(Short));
+    memset(w->longs, 0, LONGS * sizeof(Long));
+    return w;
+}
+
+/* ------------------------------------------------------------------------------------------------------ merging */
+
+#define FEW 256
+
+/* For pieces of up to FEW bytes: look for the best pair among all that are left, each time. */
+static uint32_t merge_few(const Tables *t, const uint8_t *s, uint32_t n, uint16_t *out) {
+    uint16_t id[FEW];
+    int32_t rank[FEW]; /* of id[i] with id[i + 1] */
+    for (uint32_t i = 0; i < n; i++) id[i] = t->byte_id[s[i]];
+    for (uint32_t i = 0; i + 1 < n; i++) rank[i] = merged(t, id[i], id[i + 1]);
+    while (n > 1) {
+        uint32_t best = UINT32_MAX, at = 0; /* -1 as unsigned is the largest: "none" never wins */
+        for (uint32_t i = 0; i + 1 < n; i++)
+            if ((uint32_t)rank[i] < best) best = (uint32_t)rank[i], at = i;
+        if (best == UINT32_MAX) break;
+        n--;
+        id[at] = (uint16_t)best;
+        memmove(id + at + 1, id + at + 2, (n - at - 1) * sizeof *id);
+        memmove(rank + at, rank + at + 1, (n - at) * sizeof *rank);
+        if (at + 1 < n) rank[at] = merged(t, id[at], id[at + 1]);
+        if (at) rank[at - 1] = merged(t, id[at - 1], id[at]);
+    }
+    memcpy(out, id, n * sizeof *id);
+    return n;
+}
+
+/* A heap of rank << 32 | position: the lowest rank first, the leftmost of equals. */
+static void sink(uint64_t *heap, uint64_t n, uint64_t i) {
+    uint64_t value = heap[i];
+    for (uint64_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= value) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = value;
+}
+
+static void push(uint64_t *heap, uint64_t *n, uint64_t value) {
+    uint64_t i = (*n)++;
+    for (; i && heap[(i - 1) / 2] > value; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
+    heap[i] = value;
+}
+
+/* For pieces of any length below 4 GiB: a linked list of what is left and a heap of pairs, some of them out of date. */
+static int64_t merge_many(const Tables *t, const uint8_t *s, uint64_t n, uint16_t *out) {
+    if (n >= UINT32_MAX) return PIECE_TOO_LONG;
+    uint32_t *next = malloc(n * sizeof *next), *previous = malloc(n * sizeof *previous);
+    uint64_t *heap = malloc(2 * n * sizeof *heap), heaped = 0; /* n - 1 at first; each merge takes one and adds two */
+    uint16_t *id = out; /* which has room for n */
+    int64_t count = NO_MEMORY;
+    if (next && previous && heap) {
+        for (uint64_t i = 0; i < n; i++) {
+            id[i] = t->byte_id[s[i]];
+            next[i] = (uint32_t)(i + 1);
+            previous[i] = (uint32_t)(i - 1);
+        }
+        for (uint64_t i = 0; i + 1 < n; i++) {
+            int32_t rank = merged(t, id[i], id[i + 1]);
+            if (rank >= 0) heap[heaped++] = (uint64_t)rank << 32 | i;
+        }
+        for (uint64_t i = heaped / 2; i-- > 0;) sink(heap, heaped, i);
+        while (heaped) {
+            uint64_t top = heap[0];
+            heap[0] = heap[--heaped];
+            if (heaped) sink(heap, heaped, 0);
+            uint32_t left = (uint32_t)top, right;
+            if (next[left] == 0) continue; /* swallowed by its left neighbour */
+            right = next[left];
+            if (right >= n || merged(t, id[left], id[right]) != (int32_t)(top >> 32)) continue; /* changed since */
+            id[left] = (uint16_t)(top >> 32);
+            next[left] = next[right];
+            next[right] = 0;
+            if (next[left] < n) {
+                previous[next[left]] = left;
+                int32_t rank = merged(t, id[left], id[next[left]]);
+                if (rank >= 0) push(heap, &heaped, (uint64_t)rank << 32 | left);
+            }
+            if (left) {
+                int32_t rank = merged(t, id[previous[left]], id[left]);
+                if (rank >= 0) push(heap, &heaped, (uint64_t)rank << 32 | previous[left]);
+            }
+        }
+        count = 0;
+        for (uint64_t i = 0; i < n; i = next[i]) out[count++] = id[i];
+    }
+    free(next);
+    free(previous);
+    free(heap);
+    return count;
+}
+
+/* ------------------------------------------------------------------------------------------- remembering pieces */
+
+static inline uint64_t mix(uint64_t a, uint64_t b) {
+    __uint128_t product = (__uint128_t)(a ^ 0xA0761D6478BD642Full) * (b ^ 0xE7037ED1A0B428DBull);
+    return (uint64_t)product ^ (uint64_t)(product >> 64);
+}
+
+typedef struct {
+    const uint8_t *start;
+    uint64_t length;
+    uint64_t key[2]; /* of a short piece */
+    Short *slot;     /* two slots, of which one may hold it; NULL for a longer piece */
+} Piece;
+
+static __attribute__((noinline)) uint16_t *merge_short(Worker *w, const Piece *p, uint16_t *out) {
+    uint16_t id[16];
+    uint32_t n = merge_few(w->tables, p->start, (uint32_t)p->length, id);
+    if (n <= 7) {
+        /* What came first stays, for it is likely common; the second slot is for the latest. */
+        Short *slot = p->slot + (p->slot->key[1] != 0);
+        slot->key[0] = p->key[0];
+        slot->key[1] = p->key[1];
+        slot->n = (uint16_t)n;
+        memcpy(slot->id, id, n * sizeof *id);
+    }
+    memcpy(out, id, n * sizeof *id);
+    return out + n;
+}
+
+static __attribute__((noinline)) uint16_t *merge_long(Worker *w, const uint8_t *s, uint64_t length, uint16_t *out) {
+    if (length <= 31) {
+        uint64_t key[4] = {0};
+        memcpy(key, s, length);
+        key[3] |= length << 56;
+        Long *slot = w->longs + ((mix(key[0], key[1]) ^ mix(key[2], ~key[3])) & (LONGS - 1));
+        if (memcmp(slot->key, key, sizeof key) == 0) {
+            memcpy(out, slot->id, sizeof slot->id);
+            return out + slot->n;
+        }
+        uint32_t n = merge_few(w->tables, s, (uint32_t)length, out);
+        if (n <= 15) {
+            memcpy(slot->key, key, sizeof key);
+            slot->n = (uint16_t)n;
+            memcpy(slot->id, out, n * sizeof *out);
+        }
+        return out + n;
+    }
+    if (length <= FEW) return out + merge_few(w->tables, s, (uint32_t)length, out);
+    int64_t n = merge_many(w->tables, s, length, out);
+    if (n < 0) {
+        w->error = n;
+        return out;
+    }
+    return out + n;
+}
+
+#define AHEAD 256 /* pieces whose slots are being fetched while more are found */
+
+static uint16_t *emit(Worker *w, const Piece *p, uint32_t n, uint16_t *out) {
+    for (const Piece *end = p + n; p < end; p++) {
+        const Short *slot = p->slot;
+        if (UNLIKELY(!slot)) {
+            out = merge_long(w, p->start, p->length, out);
+            continue;
+        }
+        uint64_t first = (slot[0].key[0] ^ p->key[0]) | (slot[0].key[1] ^ p->key[1]);
+        uint64_t second = (slot[1].key[0] ^ p->key[0]) | (slot[1].key[1] ^ p->key[1]);
+        if (UNLIKELY(first != 0 && second != 0)) {
+            out = merge_short(w, p, out);
+            continue;
+        }
+        slot += first != 0;
+        memcpy(out, slot->id, sizeof slot->id); /* all 7, whatever n is: one store, and no branch */
+        out += slot->n;
+    }
+    return out;
+}
+
+static const uint64_t LOW[9] = {0, 0xFF, 0xFFFF, 0xFFFFFF, 0xFFFFFFFF, 0xFFFFFFFFFF, 0xFFFFFFFFFFFF, 0xFFFFFFFFFFFFFF, UINT64_MAX};
+
+/* Look where a piece would be remembered; `limit` is the end of what may be read. */
+static inline void prepare(Worker *w, Piece *p, const uint8_t *start, uint64_t length, const uint8_t *limit) {
+    p->start = start;
+    p->length = length;
+    if (UNLIKELY(length > 15)) {
+        p->slot = NULL;
+        return;
+    }
+    uint64_t low, high;
+    if (LIKELY(limit - start >= 16)) {
+        memcpy(&low, start, 8);
+        memcpy(&high, start + 8, 8);
+    } else {
+        uint8_t padded[16] = {0};
+        memcpy(padded, start, length);
+        memcpy(&low, padded, 8);
+        memcpy(&high, padded + 8, 8);
+    }
+    uint64_t in_low = length < 8 ? length : 8;
+    p->key[0] = low & LOW[in_low];
+    p->key[1] = (high & LOW[length - in_low]) | length << 56;
+    p->slot = w->shorts + (mix(p->key[0], p->key[1]) & (SHORTS - 2));
+    __builtin_prefetch(p->slot);
+}
+
+/* ------------------------------------------------------------------------------------------------------- pieces */
+
+/* Length of the run of ASCII letters in the 16 bytes at p. */
+static inline uint32_t ascii_letters(const uint8_t *p) {
+#ifdef __SSE2__
+    __m128i folded = _mm_or_si128(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8(0x20));
+    __m128i from_a = _mm_sub_epi8(folded, _mm_set1_epi8('a'));
+    __m128i letter = _mm_cmpeq_epi8(_mm_min_epu8(from_a, _mm_set1_epi8(25)), from_a);
+    return (uint32_t)__builtin_ctz(~(uint32_t)_mm_movemask_epi8(letter));
+#else
+    uint32_t n = 0;
+    while (n < 16 && (uint8_t)((p[n] | 0x20) - 'a') < 26) n++;
+    return n;
+#endif
+}
+
+/* One character: its code point, and its length in *length. Never reads at or past `end`, which is > p. */
+static inline uint32_t character(const uint8_t *p, const uint8_t *end, uint32_t *length) {
+    uint32_t a = p[0];
+    if (a < 0x80) return *length = 1, a;
+    if (a < 0xE0 && end - p >= 2) return *length = 2, (a & 0x1F) << 6 | (p[1] & 0x3F);
+    if (a < 0xF0 && end - p >= 3) return *length = 3, (a & 0x0F) << 12 | (uint32_t)(p[1] & 0x3F) << 6 | (p[2] & 0x3F);
+    if (end - p >= 4) {
+        uint32_t c = (a & 0x07) << 18 | (uint32_t)(p[1] & 0x3F) << 12 | (uint32_t)(p[2] & 0x3F) << 6 | (p[3] & 0x3F);
+        return *length = 4, c < 0x110000 ? c : 0xFFFD;
+    }
+    return *length = 1, 0xFFFD;
+}
+
+/* The end of the run of characters of one class that p stands in. */
+static inline const uint8_t *run(const uint8_t *class_of, uint8_t class, const uint8_t *p, const uint8_t *end) {
+    while (p < end) {
+        uint32_t length, c = character(p, end, &length);
+        if (class_of[c] != class) break;
+        p += length;
+    }
+    return p;
+}
+
+/* The pieces of one document, in batches of AHEAD, encoded to `out`; what is behind them. */
+static uint16_t *document(Worker *w, const uint8_t *p, const uint8_t *end, const uint8_t *limit, uint16_t *out) {
+    const uint8_t *class_of = w->tables->class_of;
+    Piece pieces[AHEAD];
+    uint32_t waiting = 0;
+    while (p < end) {
+        const uint8_t *start = p;
+        const uint8_t *word = p + (*p == ' ');
+        uint32_t letters = LIKELY(limit - word >= 16) ? ascii_letters(word) : 0;
+        if (LIKELY(letters)) { /* the short way to " ?\p{L}++", by far the commonest */
+            p = word + letters;
+            while (UNLIKELY(letters == 16 && limit - p >= 16)) p += letters = ascii_letters(p);
+            if (UNLIKELY(p > end)) p = end; /* ran into the next document */
+            if (UNLIKELY(p < end && (*p >= 0x80 || letters == 16))) p = run(class_of, LETTER, p, end);
+        } else {
+            if (*p == '\'' && end - p >= 2) { /* '(?:[sdmt]|ll|ve|re) */
+                uint8_t a = p[1], b = end - p >= 3 ? p[2] : 0;
+                if (a == 's' || a == 't' || a == 'd' || a == 'm') {
+                    p += 2;
+                } else if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e')) {
+                    p += 3;
+                }
+            }
+            if (p == start) {
+                uint32_t length, c = character(p, end, &length);
+                uint8_t class = class_of[c];
+                if (*p == ' ' && end - p >= 2) {
+                    uint32_t following, d = character(p + 1, end, &following);
+                    if (class_of[d] != SPACE) class = class_of[d]; /* the space goes with what follows it */
+                }
+                p += length;
+                if (class != SPACE) {
+                    p = run(class_of, class, p, end);
+                } else {
+                    const uint8_t *last = start; /* white space, the last of which */
+                    while (p < end) {
+                        c = character(p, end, &length);
+                        if (class_of[c] != SPACE) break;
+                        last = p;
+                        p += length;
+                    }
+                    if (p < end && last > start) p = last; /* is left for what follows, if anything does */
+                }
+            }
+        }
+        prepare(w, &pieces[waiting++], start, (uint64_t)(p - start), limit);
+        if (UNLIKELY(waiting == AHEAD)) {
+            out = emit(w, pieces, waiting, out);
+            waiting = 0;
+        }
+    }
+    return emit(w, pieces, waiting, out);
+}
+
+/* Encode n documents, document i being data[offsets[i] .. offsets[i + 1]), with EOT before each one; before the first
+ * only if it begins here and does not go on from elsewhere. `out` must have room for as many ids as there are bytes and
+ * documents, and 16 more. The number of ids, or a negative error. */
+int64_t bpe_encode(Worker *w, const uint8_t *data, const int64_t *offsets, int64_t n, int begins, uint16_t *out) {
+    uint16_t *first = out;
+    const uint8_t *limit = data + offsets[n];
+    w->error = 0;
+    for (int64_t i = 0; i < n && !w->error; i++) {
+        if (i || begins) *out++ = EOT;
+        out = document(w, data + offsets[i], data + offsets[i + 1], limit, out);
+    }
+    return w->error ? w->error : out - first;
+}
+
+/* The first i whose bytes, as one piece, do not become the single id i by merging; -1: none. tiktoken takes a piece that
+ * is a token as it is, without merging; that is the same thing only where this finds none. */
+int64_t bpe_first_unmergeable(const Tables *t, const uint8_t *data, const int64_t *offsets, int64_t n) {
+    uint16_t out[FEW];
+    for (int64_t i = 0; i < n; i++) {
+        int64_t length = offsets[i + 1] - offsets[i];
+        if (length < 1 || length > FEW) return i;
+        if (merge_few(t, data + offsets[i], (uint32_t)length, out) != 1 || out[0] != i) return i;
+    }
+    return -1;
+}

@@ -1,0 +1,71 @@
+"""What gpt2/bpe.c needs to know, taken from tiktoken itself: the classes of characters and the merges."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiktoken
+
+CODE_POINTS = 0x110000
+CLASSES = {1: r"\p{L}+", 2: r"\p{N}+", 3: r"\s+"}  # bpe.c's LETTER, NUMBER, SPACE; 0 is any other character
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Tables(NamedTuple):
+    classes: Array
+    """(0x110000,) uint8"""
+    byte_ids: Array
+    """(256,) uint16: the token of each byte"""
+    pairs: Array
+    """(n,) uint32: left id << 16 | right id, for all pairs whose concatenation is a token"""
+    merged: Array
+    """(n,) uint16: that token"""
+
+
+def tables(encoding: tiktoken.Encoding) -> Tables:
+    """Tables for a vocabulary of up to 65,536 tokens that is merged after GPT-2's pattern."""
+    ranks = {token: rank for rank, token in _tokens(encoding)}
+    pairs, merged = [], []
+    # tiktoken merges whatever neighbours make a token together, not only the two that it was trained from.
+    for token, rank in ranks.items():
+        for cut in range(1, len(token)):
+            left, right = ranks.get(token[:cut]), ranks.get(token[cut:])
+            if left is not None and right is not None:
+                pairs.append(left << 16 | right)
+                merged.append(rank)
+    byte_ids = [ranks[bytes([byte])] for byte in range(256)]
+    return Tables(
+        classes=character_classes(),
+        byte_ids=np.array(byte_ids, dtype=np.uint16),
+        pairs=np.array(pairs, dtype=np.uint32),
+        merged=np.array(merged, dtype=np.uint16),
+    )
+
+
+def vocabulary(encoding: tiktoken.Encoding) -> list[bytes]:
+    """All mergeable tokens in the order of their ids."""
+    return [token for _, token in _tokens(encoding)]
+
+
+def _tokens(encoding: tiktoken.Encoding) -> list[tuple[int, bytes]]:
+    special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
+    return sorted(
+        (encoding.encode_single_token(token), token)
+        for token in encoding.token_byte_values()
+        if encoding.encode_single_token(token) not in special
+    )
+
+
+def character_classes() -> Array:
+    """The class of every code point by tiktoken's own regex engine, whose Unicode tables are not Python's: what a
+    pattern of one class leaves of a text of all code points. Surrogates, which no text has, are of class 0."""
+    every = "".join(chr(code) for code in range(CODE_POINTS) if not 0xD800 <= code < 0xE000)
+    bytes_only = {bytes([byte]): byte for byte in range(256)}
+    classes = np.zeros(CODE_POINTS, dtype=np.uint8)
+    for number, pattern in CLASSES.items():
+        engine = tiktoken.Encoding("class", pat_str=pattern, mergeable_ranks=bytes_only, special_tokens={})
+        members = bytes(engine.encode_ordinary(every)).decode()
+        classes[np.frombuffer(members.encode("utf-32-le"), dtype=np.uint32)] = number
+    return classes
