@@ -278,6 +278,7 @@ def test_private_and_gated_say_what_to_do(server: HubServer, tmp_path: Path, mon
     assert len(get(source(repo="o/gated"), tmp_path / "b")) == 2
 
 
+@pytest.mark.slow
 def test_offline_and_unreachable(server: HubServer, tmp_path: Path) -> None:
     """Catches: a traceback, or minutes of waiting, where there is no network."""
     directory = stage(source(), tmp_path / "store")

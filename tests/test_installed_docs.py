@@ -48,6 +48,7 @@ def test_documents_are_long_enough_and_nothing_comes_twice(made: list[Document])
     assert paragraphs.most_common(1)[0][1] == 1
 
 
+@pytest.mark.slow
 def test_same_installation_same_bytes(tmp_path: Path) -> None:
     """Catches: an order that follows the hash seed or the file system, so that addresses lie."""
     program = (
