@@ -10,7 +10,8 @@ from gpt2 import report_html, report_markdown
 from gpt2.atomic import atomic_write, write_text
 from gpt2.manifest import ReportFacts
 from gpt2.report_content import document, headline
-from gpt2.report_plots import draw, png, svg
+from gpt2.report_drawing import png, svg
+from gpt2.report_plots import draw
 from gpt2.report_run import gather
 from gpt2.stage import StageDir, main
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from gpt2 import report_chapters as chapters
 from gpt2.report_compare import benchmark_task, benchmark_title, hellaswag_reference, main_figure, val_loss_reference
 from gpt2.report_document import Chapter, Code, Document, Gallery, Picture, Text, Tile
+from gpt2.report_drawing import Plot
 from gpt2.report_format import dollars, duration, fixed, percent, plural, short, short_commit, significant, whole
-from gpt2.report_plots import Plot
 from gpt2.report_run import Run
 
 
@@ -84,8 +84,10 @@ def lead(run: Run) -> str:
         if published is not None:
             told.append(f"{published[0].name} reaches {percent(published[1])}")
         sentences.append(
-            f"On {benchmark_title(run, name)}{benchmark_task(run, name)} it answers {percent(score.figures()[figure])} of "
-            f"{plural(score.examples, 'question')} rightly" + (f"; {', '.join(told)}" if told else "") + "."
+            f"On {benchmark_title(run, name)}{benchmark_task(run, name)} it answers "
+            f"{percent(score.figures()[figure])} of {plural(score.examples, 'question')} rightly"
+            + (f"; {', '.join(told)}" if told else "")
+            + "."
         )
     return " ".join(sentences)
 

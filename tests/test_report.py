@@ -26,8 +26,8 @@ from gpt2.report import report
 from gpt2.report_again import as_yaml, command, configuration
 from gpt2.report_chapters import spaced
 from gpt2.report_content import lead
+from gpt2.report_drawing import spread, thin
 from gpt2.report_format import dollars, duration, percent, plural, rate, scientific, short, size
-from gpt2.report_plots import spread, thin
 from gpt2.report_run import Run, Sample, gather, read_curves
 from gpt2.report_text import visible
 from gpt2.stage import StageDir
