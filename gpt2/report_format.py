@@ -57,7 +57,7 @@ def percent(fraction: float | None, digits: int = 1) -> str:
     if fraction is None or not math.isfinite(fraction):
         return DASH
     exact = 100 * Decimal(repr(fraction))  # of what is printed elsewhere: 0.2945 is 29.5 %, its float a hair less
-    return f"{exact.quantize(Decimal(10) ** -digits, ROUND_HALF_UP)} %"
+    return f"{exact.quantize(Decimal(10) ** -digits, ROUND_HALF_UP)}\N{NO-BREAK SPACE}%"
 
 
 def duration(seconds: float | None) -> str:

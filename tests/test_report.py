@@ -432,7 +432,7 @@ def test_figures_on_other_text_are_not_compared(tmp_path: Path) -> None:
     """Catches a toy run on a toy text that boasts of beating GPT-2."""
     run = run_of(Store(tmp_path, load("124m", {**TOY, "tokenize.shard_tokens": 1_000_000})))
     assert "GPT-2 124M (3.4250)" not in lead(run)
-    assert "GPT-2 124M reaches 29.5 %" in lead(run), "HellaSwag is the same, whatever the text"
+    assert "GPT-2 124M reaches 29.5\N{NO-BREAK SPACE}%" in lead(run), "HellaSwag is the same, whatever the text"
     page, _, _ = made(Store(tmp_path, load("124m", {**TOY, "tokenize.shard_tokens": 1_000_000})))
     assert "Not comparable: the validation losses." in page.text and "tokenize.shard_tokens" in page.text
     assert "do not compare" in page.text
@@ -614,7 +614,7 @@ def test_samples_are_spaced_from_first_to_last() -> None:
         (scientific(8.24e18), "8.24e18"),
         (rate(2.5e-4), "2.5e-4"),
         (rate(0.0), "0"),
-        (percent(0.2945), "29.5 %"),
+        (percent(0.2945), "29.5\N{NO-BREAK SPACE}%"),
         (percent(math.nan), "–"),
         (duration(0.25), "0.2 s"),
         (duration(59.7), "1 min 0 s"),
