@@ -1,22 +1,233 @@
-"""The faster path through the same parameters."""
+"""The faster path through the same parameters: GPT-2 with its forward and backward passes written by hand.
+
+Activations and the weights that the matrix products read are bf16; the master parameters, their gradients, LayerNorm's
+statistics, the softmax and every sum over the batch are fp32. docs/speed.md says what each part gained.
+
+For the loop that trains through it:
+- zero the gradients with `set_to_none=True`: the first micro-step of a step then renews the bf16 weights and writes
+  gradients instead of adding to them;
+- accumulate by calling backward on `loss / grad_accum_steps` once a micro-step (under DDP's no_sync but for the last);
+- `torch.optim.AdamW(..., fused=True)`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from gpt2.config import Runtime
-from gpt2.model import GPT
+from gpt2.config import ModelConfig, Runtime
+from gpt2.kernels import attention, cross_entropy, cublaslt, embedding, layer_norm, linear, triton_or_none
+from gpt2.kernels.block import UNITS_KEPT, BlockFunction, Engine, Recompute, Weights, add_to, give, take
+from gpt2.kernels.block import forward as block_forward
+from gpt2.model import GPT, IGNORE, LAYER_NORM_EPS
+
+EVAL_CHUNK = 16_384
+"""positions whose logits exist at a time when only losses are wanted: 1.6 GB in bf16"""
 
 
-def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function (idx (B, T), targets (B, T)) -> mean loss over the parameters of `model`."""
+class _Embed(torch.autograd.Function):
+    """Token and position embeddings. The last in the backward pass, it also hands over the head's part of wte's gradient."""
 
-    def reference(idx: Tensor, targets: Tensor) -> Tensor:
-        loss = model(idx, targets)[1]
-        assert loss is not None
+    @staticmethod
+    def forward(ctx: Any, owner: FastGPT, idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.owner = owner
+        ctx.save_for_backward(idx)
+        return embedding.forward(idx, wte, wpe, owner.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        (idx,) = ctx.saved_tensors
+        dwte, ctx.owner.dwte = ctx.owner.dwte, None
+        dwpe, holds = take(ctx.owner.wpe)
+        if not holds:
+            dwpe.zero_()
+        embedding.backward_(dx, idx, dwte, dwpe)
+        return None, None, give(dwte), give(dwpe)
+
+
+class _Head(torch.autograd.Function):
+    """The last LayerNorm, the tied head and the mean cross-entropy."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: FastGPT, x: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+        h, mean, rstd = layer_norm.forward(x, owner.ln_f.weight, owner.ln_f.bias, LAYER_NORM_EPS)
+        logits = owner.engine.linear.forward(h, owner.wte_copy)  # (N, V padded)
+        scored = (targets != IGNORE).sum().to(torch.promote_types(x.dtype, torch.float32)).clamp_min(1)
+        losses = cross_entropy.losses(logits, targets, owner.config.vocab_size, scored)
+        ctx.owner, ctx.dlogits = owner, logits  # no longer logits: the gradient has taken their place
+        ctx.save_for_backward(x, h, mean, rstd)
+        return losses.sum() / scored
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        owner, (x, h, mean, rstd) = ctx.owner, ctx.saved_tensors
+        dlogits, ctx.dlogits = ctx.dlogits, None
+        owner.dwte, holds = take(owner.wte)
+        owner.engine.linear.weight_grad_(owner.dwte, holds, dlogits, h, scale=dloss)
+        dh = owner.engine.linear.input_grad(dlogits, owner.wte_copy, scale=dloss)
+        del dlogits
+        dx, dweight, dbias = layer_norm.backward(dh, None, x, mean, rstd, owner.ln_f.weight)
+        dweight, dbias = add_to([owner.ln_f.weight, owner.ln_f.bias], [dweight, dbias])
+        return None, dx, None, dweight, dbias, None
+
+
+class FastGPT(nn.Module):
+    """(idx (B, T), targets (B, T)) -> mean loss, over the parameters of `model`; DDP may wrap it.
+
+    Args:
+        recompute: what the backward pass computes again; None decides by the memory that is free at the first batch.
+        dtype: of activations and matrix products; the parameters' own in tests.
+    """
+
+    def __init__(
+        self, model: GPT, products: linear.Linear, recompute: Recompute | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        super().__init__()
+        self.model, self.config, self.dtype = model, model.config, dtype
+        self.wte, self.wpe, self.ln_f = model.transformer.wte.weight, model.transformer.wpe.weight, model.transformer.ln_f
+        self.dwte: Tensor | None = None  # wte's gradient on its way from the head to the embedding
+        self._products, self._recompute = products, recompute
+        self._engine: Engine | None = None
+        self._versions: list[int] = []
+        vectors = (".ln_", "ln_f", "wpe")  # read as they are
+        self._masters = [p for name, p in model.named_parameters() if not any(part in name for part in vectors)]
+        self._copies = [p.detach() if p.dtype == dtype else torch.empty_like(p, dtype=dtype) for p in self._masters]
+        copies = dict(zip(self._masters, self._copies, strict=True))
+        self.wte_copy = copies[self.wte]
+        self._blocks = [Weights(block, copies) for block in model.blocks]
+
+    @property
+    def engine(self) -> Engine:
+        assert self._engine is not None, "no batch has been seen yet"
+        return self._engine
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss over the targets that are not -1, in nats."""
+        if not torch.is_grad_enabled():
+            return self.token_losses(idx, targets).sum() / (targets != IGNORE).sum()
+        self._prepare(idx)
+        x = _Embed.apply(self, idx, self.wte, self.wpe)
+        for w in self._blocks:
+            x = BlockFunction.apply(x, w, self.engine, idx.size(0), *w.matrices, *w.vectors)
+        return _Head.apply(self, x, targets.flatten(), self.ln_f.weight, self.ln_f.bias, self.wte)
+
+    @torch.no_grad()
+    def hidden(self, idx: Tensor) -> Tensor:
+        """Hidden states after the last LayerNorm, (B, T) -> (B, T, C); stands in for `GPT.hidden` in scoring."""
+        self._prepare(idx)
+        x = embedding.forward(idx, self.wte, self.wpe, self.dtype)
+        for w in self._blocks:
+            x, _ = block_forward(x, w, self.engine, idx.size(0))
+        h, _, _ = layer_norm.forward(x, self.ln_f.weight, self.ln_f.bias, LAYER_NORM_EPS)
+        return h.view(*idx.shape, -1)
+
+    @torch.no_grad()
+    def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """Losses (B, T) fp32 in nats, 0 where the target is -1."""
+        h, flat = self.hidden(idx).flatten(0, 1), targets.flatten()
+        losses = [
+            cross_entropy.losses(self.engine.linear.forward(part, self.wte_copy), wanted, self.config.vocab_size)
+            for part, wanted in zip(h.split(EVAL_CHUNK), flat.split(EVAL_CHUNK), strict=True)
+        ]
+        return torch.cat(losses).view_as(targets)
+
+    def _prepare(self, idx: Tensor) -> None:
+        B, T = idx.shape
+        if self.config.block_size < T:
+            raise ValueError(f"a sequence of {T:,} tokens does not fit into block_size {self.config.block_size:,}")
+        if self._engine is None:
+            backend = attention.choose(self.config.n_head, self.config.n_embd, B, T, self.wte.device)
+            self._engine = Engine(self._products, backend, self._recompute or self._that_fits(B * T))
+        # Between the micro-steps of one step the weights stand still. A step begins with no gradient; whoever changes
+        # weights without that moves their version.
+        versions = [p._version for p in self._masters]
+        if self.wte.grad is None or not torch.is_grad_enabled() or versions != self._versions:
+            with torch.no_grad():
+                torch._foreach_copy_(self._copies, self._masters)
+            self._versions = [p._version for p in self._masters]
+
+    def _that_fits(self, tokens: int) -> Recompute:
+        if self.wte.device.type != "cuda":
+            return "none"
+        free, _ = torch.cuda.mem_get_info(self.wte.device)
+        free += torch.cuda.memory_reserved(self.wte.device) - torch.cuda.memory_allocated(self.wte.device)
+        free -= 12 * self.config.n_params()  # gradients and AdamW's two moments, which the first step makes
+        levels: tuple[Recompute, ...] = ("none", "cheap")
+        return next((level for level in levels if activation_bytes(self.config, tokens, level) < 0.95 * free), "block")
+
+
+def activation_bytes(config: ModelConfig, tokens: int, recompute: Recompute = "none") -> int:
+    """Memory of one micro-batch of so many tokens, beside the parameters and what belongs to them: what the blocks keep,
+    the logits, and what one block needs while it runs."""
+    unit = 2 * tokens * config.n_embd
+    blocks = config.n_layer * (UNITS_KEPT[recompute] * unit + tokens * (4 * config.n_head + 16))
+    return blocks + 2 * tokens * config.padded_vocab_size + 16 * unit
+
+
+class Reference(nn.Module):
+    """The plain path: the model itself, its products in bf16 by autocast where `precision` is bf16."""
+
+    def __init__(self, model: GPT, device: torch.device, bf16: bool) -> None:
+        super().__init__()
+        self.model = model
+        self._device, self._bf16 = device.type, bf16
+
+    def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(self._device, dtype=torch.bfloat16, enabled=self._bf16):
+            loss = self.model(idx, targets)[1]
+        assert isinstance(loss, Tensor)
         return loss
 
-    return reference
+
+def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
+    """The fastest path that this machine has: a module (idx (B, T), targets (B, T)) -> mean loss over `model`'s parameters.
+
+    FastGPT on a GPU that has bf16 (Ampere and later) and Triton; else the plain path, compiled on a GPU unless
+    runtime.compile is false. What stands in the way of the fast one is said once, on stderr.
+    """
+    bf16 = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
+    plain = Reference(model, device, bf16)
+    if device.type != "cuda" or runtime.kernels == "reference":
+        return plain
+    obstacle = _obstacle(model, runtime, device, bf16)
+    if obstacle is None:
+        recompute: dict[bool | str, Recompute | None] = {True: "block", False: "none", "auto": None}
+        return FastGPT(model, _products(device), recompute[runtime.activation_checkpointing])
+    print(f"the plain path is used, not the fast one: {obstacle}", file=sys.stderr)
+    model.checkpoint_blocks = runtime.activation_checkpointing is True
+    if runtime.compile is not False and triton_or_none.AVAILABLE:
+        plain.compile()
+    return plain
+
+
+def _products(device: torch.device) -> linear.Linear:
+    try:
+        return linear.FusedLinear(device)
+    except (cublaslt.CublasLtError, AttributeError) as error:
+        print(f"matrix products by torch, their surroundings in passes of their own: {error}", file=sys.stderr)
+        return linear.Linear()
+
+
+def _obstacle(model: GPT, runtime: Runtime, device: torch.device, bf16: bool) -> str | None:
+    """Why FastGPT cannot be used, or None."""
+    if not bf16:
+        return "precision is fp32"
+    if runtime.sharding == "fsdp":
+        return "the parameters are sharded"
+    if not triton_or_none.AVAILABLE:
+        return "triton is not installed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, bf16 needs 8.0"
+    if model.config.n_embd % 8:
+        return f"n_embd {model.config.n_embd} is not a multiple of 8"
+    try:  # whether Triton finds a compiler and a driver that it can work with
+        ones = torch.ones(2, model.config.n_embd, device=device, dtype=torch.bfloat16)
+        layer_norm.forward(ones, ones[0], ones[0], LAYER_NORM_EPS)
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        return f"Triton does not work here ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    return None

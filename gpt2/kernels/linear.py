@@ -1,0 +1,109 @@
+"""The linear layers of a block, forward and backward, each with what surrounds it folded into the product.
+
+`Linear.best` gives cuBLASLt's on a GPU that has it, torch's elsewhere. Both compute the same; in torch's the folded
+parts are passes of their own. Sums over the batch (gradients of weights and biases) are kept in the type of the
+buffers given, fp32 over bf16 factors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2.kernels import gelu
+from gpt2.kernels.cublaslt import BGRADB, BIAS, DGELU, GELU_AUX_BIAS, CublasLt
+
+
+class Linear:
+    """The plain versions. Weights are (out, in), activations (N, features)."""
+
+    name = "torch"
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """x weight^T + bias + residual: (N, in) -> (N, out)."""
+        y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        return y if residual is None else y.add_(residual)
+
+    def forward_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """u = x weight^T + bias and gelu(u), both (N, out)."""
+        u = self.forward(x, weight, bias)
+        return u, gelu.forward(u)
+
+    def input_grad(self, dy: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        """scale * dy weight: (N, out) -> (N, in)."""
+        dx = torch.mm(dy, weight)
+        return dx if scale is None else dx.mul_(scale)
+
+    def input_grad_gelu(self, dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+        """As `input_grad` of a layer fed with gelu(u), carried on to u: (N, out) -> (N, in)."""
+        return gelu.backward(self.input_grad(dy, weight), u)
+
+    def weight_grad_(
+        self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor, scale: Tensor | None = None
+    ) -> None:
+        """dweight (out, in) = or += scale * dy^T x."""
+        if dy.is_cuda and dweight.dtype != dy.dtype:
+            product = torch.mm(dy.t(), x, out_dtype=dweight.dtype)
+        else:
+            product = torch.mm(dy.t().to(dweight.dtype), x.to(dweight.dtype))
+        if scale is not None:
+            product *= scale
+        if accumulate:
+            dweight += product
+        else:
+            dweight.copy_(product)
+
+    def weight_and_bias_grad_(self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor) -> Tensor:
+        """As `weight_grad_`; returns the sum of dy over its rows, (out,)."""
+        self.weight_grad_(dweight, accumulate, dy, x)
+        return dy.sum(0, dtype=dweight.dtype)
+
+
+class FusedLinear(Linear):
+    """cuBLASLt with epilogues, the algorithm of each product chosen by measurement when it first comes up.
+
+    Args:
+        fused_gelu: GELU in the epilogues; else in passes of its own.
+        fused_bias_grad: the bias's gradient in the epilogue of the weights' gradient; else a pass of its own.
+    """
+
+    name = "cublaslt"
+
+    def __init__(self, device: torch.device, fused_gelu: bool = True, fused_bias_grad: bool = True) -> None:
+        self._lt = CublasLt(device)
+        self._fused_gelu = fused_gelu
+        self._fused_bias_grad = fused_bias_grad
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        out = x.new_empty(x.size(0), weight.size(0))
+        if bias is None:
+            return self._lt.matmul(x, weight, out, trans_b=True, add=residual)
+        return self._lt.matmul(x, weight, out, trans_b=True, add=residual, epilogue=BIAS, bias=bias)
+
+    def forward_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._fused_gelu:
+            return super().forward_gelu(x, weight, bias)
+        u, a = (x.new_empty(x.size(0), weight.size(0)) for _ in range(2))
+        self._lt.matmul(x, weight, a, trans_b=True, epilogue=GELU_AUX_BIAS, bias=bias, aux=u)
+        return u, a
+
+    def input_grad(self, dy: Tensor, weight: Tensor, scale: Tensor | None = None) -> Tensor:
+        return self._lt.matmul(dy, weight, dy.new_empty(dy.size(0), weight.size(1)), scale=scale)
+
+    def input_grad_gelu(self, dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
+        if not self._fused_gelu:
+            return super().input_grad_gelu(dy, weight, u)
+        return self._lt.matmul(dy, weight, torch.empty_like(u), epilogue=DGELU, aux=u)
+
+    def weight_grad_(
+        self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor, scale: Tensor | None = None
+    ) -> None:
+        self._lt.matmul(dy, x, dweight, trans_a=True, add=dweight if accumulate else None, scale=scale)
+
+    def weight_and_bias_grad_(self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor) -> Tensor:
+        if not self._fused_bias_grad:
+            return super().weight_and_bias_grad_(dweight, accumulate, dy, x)
+        dbias = torch.empty(dy.size(1), dtype=dweight.dtype, device=dy.device)
+        add = dweight if accumulate else None
+        self._lt.matmul(dy, x, dweight, trans_a=True, add=add, epilogue=BGRADB, bias=dbias)
+        return dbias

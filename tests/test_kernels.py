@@ -1,0 +1,202 @@
+"""Each kernel against its formula in fp64. On a GPU Triton compiles them; with TRITON_INTERPRET=1 and Triton installed
+they run on a CPU, interpreted; elsewhere only the plain versions are held to the formula."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt2.kernels import attention, cross_entropy, embedding, gelu, layer_norm, triton_or_none
+from gpt2.kernels.cublaslt import CublasLtError
+from gpt2.kernels.linear import FusedLinear, Linear
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+KERNELS = triton_or_none.AVAILABLE and (GPU or triton_or_none.INTERPRETED)
+DTYPES = [torch.bfloat16, torch.float32] if KERNELS else [torch.bfloat16, torch.float32, torch.float64]
+TOLERANCE = {torch.bfloat16: 6e-3, torch.float32: 2e-5, torch.float64: 1e-12}
+WIDTHS = [48, 768, 1600] if GPU else [48, 80]
+
+if not KERNELS:
+    print("Triton kernels are not run here: no GPU, or no TRITON_INTERPRET=1; the plain versions are tested")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = int.from_bytes(os.urandom(3), "big")
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    torch.set_num_threads(1)
+    return value
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=torch.float64).to(dtype)
+
+
+def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
+    """Relative error in the 2-norm; a NaN never passes."""
+    got, wanted = got.detach().double(), wanted.double()
+    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
+    assert error < tolerance, f"relative error {error:.2e}, at most {tolerance:.0e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("C", WIDTHS)
+def test_layer_norm(C: int, dtype: torch.dtype) -> None:
+    """Catches masked columns leaking into mean or variance, rows past the end, and a residual gradient left out."""
+    stats = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy, residual = (random(37, C, dtype=dtype) for _ in range(3))
+    weight, bias = random(C, dtype=stats) + 1, random(C, dtype=stats)
+    y, mean, rstd = layer_norm.forward(x, weight, bias, 1e-5)
+    dx, dweight, dbias = layer_norm.backward(dy, residual, x, mean, rstd, weight)
+
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    wanted = F.layer_norm(leaves[0], (C,), leaves[1], leaves[2], 1e-5)
+    wanted.backward(dy.double())
+    assert_close(y, wanted, TOLERANCE[dtype])
+    assert leaves[0].grad is not None and leaves[1].grad is not None and leaves[2].grad is not None
+    assert_close(dx, leaves[0].grad + residual.double(), TOLERANCE[dtype])
+    assert_close(dweight, leaves[1].grad, 1e-5)
+    assert_close(dbias, leaves[2].grad, 1e-5)
+    alone, _, _ = layer_norm.backward(dy, None, x, mean, rstd, weight)
+    assert_close(alone, leaves[0].grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(dtype: torch.dtype) -> None:
+    """Catches the exact form in place of GPT-2's tanh form, and overflow far from zero."""
+    u = random(5, 1000, dtype=dtype) * 3
+    u[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -12.0], dtype=dtype)
+    da = random(5, 1000, dtype=dtype)
+    leaf = u.double().requires_grad_()
+    wanted = F.gelu(leaf, approximate="tanh")
+    wanted.backward(da.double())
+    assert_close(gelu.forward(u), wanted, TOLERANCE[dtype])
+    assert leaf.grad is not None
+    assert_close(gelu.backward(da, u), leaf.grad, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("V, vocab", [(256, 250), (50304, 50257)] if GPU else [(256, 250), (128, 128)])
+def test_cross_entropy(V: int, vocab: int, dtype: torch.dtype) -> None:
+    """Catches padding in the softmax, gradients in padded columns, ignored rows that count, and a lost maximum."""
+    logits = random(9, V, dtype=dtype) * 4
+    logits[3, 17] = 60.0
+    logits[:, vocab:] = 100.0  # whatever stands there
+    targets = torch.randint(0, vocab, (9,), device=DEVICE)
+    targets[2], targets[5] = -1, vocab - 1
+    scored = torch.tensor(8.0, device=DEVICE)
+    leaf = logits[:, :vocab].double().requires_grad_()
+    wanted = F.cross_entropy(leaf, targets, ignore_index=-1, reduction="none")
+    (wanted.sum() / 8).backward()
+
+    kept = logits.clone()
+    assert_close(cross_entropy.losses(logits, targets, vocab), wanted, 1e-5)
+    assert torch.equal(kept, logits)
+    assert_close(cross_entropy.losses(logits, targets, vocab, scored), wanted, 1e-5)
+    assert leaf.grad is not None
+    assert_close(logits[:, :vocab], leaf.grad, TOLERANCE[dtype])
+    assert not logits[:, vocab:].any() and not logits[2].any()
+
+
+def test_embedding() -> None:
+    """Catches a repeated token whose gradients overwrite each other, and positions counted over the whole batch."""
+    B, T, C, V = 3, 7, 48, 20
+    wte, wpe = random(V, C), random(16, C)
+    idx = torch.randint(0, 4, (B, T), device=DEVICE)
+    dx = random(B * T, C, dtype=torch.bfloat16)
+    leaves = [t.double().requires_grad_() for t in (wte, wpe)]
+    wanted = (leaves[0][idx] + leaves[1][:T]).view(B * T, C)
+    wanted.backward(dx.double())
+    assert_close(embedding.forward(idx, wte, wpe, torch.bfloat16), wanted, 6e-3)
+    dwte, dwpe = torch.ones_like(wte), torch.ones_like(wpe)
+    embedding.backward_(dx, idx, dwte, dwpe)
+    assert leaves[0].grad is not None and leaves[1].grad is not None
+    assert_close(dwte, leaves[0].grad + 1, 1e-5)
+    assert_close(dwpe, leaves[1].grad + 1, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["plain", pytest.param("cublaslt", marks=pytest.mark.gpu)])
+def test_linear(kind: str) -> None:
+    """Catches a swapped transpose, a bias along the wrong side, the exact GELU, a sum that is not accumulated, and a
+    bias gradient of the wrong operand. Sizes differ in every dimension so that no mix-up fits by chance."""
+    if kind == "cublaslt" and not GPU:
+        pytest.skip("needs a GPU")
+    dtype = torch.bfloat16 if GPU else torch.float64
+    total = torch.float32 if GPU else torch.float64
+    close = 6e-3 if GPU else 1e-6 if KERNELS else 1e-12  # interpreted, GELU is computed in fp32
+    products = FusedLinear(DEVICE) if kind == "cublaslt" else Linear()
+    N, K, M = 512, 64, 192
+    x, weight, bias, dy, residual = (
+        random(*shape, dtype=dtype) for shape in ((N, K), (M, K), (M,), (N, M), (N, M))
+    )
+    X, W, b, dY, R = (t.double() for t in (x, weight, bias, dy, residual))
+    assert_close(products.forward(x, weight), X @ W.T, close)
+    assert_close(products.forward(x, weight, bias, residual), X @ W.T + b + R, close)
+    u, a = products.forward_gelu(x, weight, bias)
+    assert_close(u, X @ W.T + b, close)
+    assert_close(a, F.gelu(X @ W.T + b, approximate="tanh"), close)
+    scale = torch.tensor(0.125, device=DEVICE, dtype=total)
+    assert_close(products.input_grad(dy, weight, scale), dY @ W * 0.125, close)
+
+    before = random(N, K, dtype=dtype)
+    leaf = before.double().requires_grad_()
+    F.gelu(leaf, approximate="tanh").backward(dY @ W)
+    assert leaf.grad is not None
+    assert_close(products.input_grad_gelu(dy, weight, before), leaf.grad, close)
+
+    tight = 1e-5 if GPU else 1e-12
+    sums = random(M, K, dtype=total)
+    start = sums.double().clone()
+    products.weight_grad_(sums, True, dy, x, scale)
+    assert_close(sums, start + dY.T @ X * 0.125, tight)
+    dbias = products.weight_and_bias_grad_(sums, False, dy, x)
+    assert_close(sums, dY.T @ X, tight)
+    assert_close(dbias, dY.sum(0), tight)
+    products.weight_and_bias_grad_(sums, True, dy, x)
+    assert_close(sums, 2 * (dY.T @ X), tight)
+
+
+@pytest.mark.parametrize("name", ["math", *(pytest.param(name, marks=pytest.mark.gpu) for name in attention.BACKENDS)])
+def test_attention(name: str) -> None:
+    """Catches heads laid out in another order, a wrong scale, a mask that lets a later token in, and q, k, v gradients
+    packed in the wrong order."""
+    B, T, nh, hs = 2, 128, 3, 64
+    if name == "math":
+        backend, dtype, close = attention.Attention(nh), torch.float64, 1e-12
+    else:
+        if not GPU:
+            pytest.skip("needs a GPU")
+        try:
+            backend = attention.BACKENDS[name](nh)
+        except ImportError as error:
+            pytest.skip(str(error))
+        dtype, close = torch.bfloat16, 1e-2
+    qkv, dy = random(B, T, 3 * nh * hs, dtype=dtype), random(B, T, nh * hs, dtype=dtype)
+    leaf = qkv.double().requires_grad_()
+    q, k, v = (part.view(B, T, nh, hs).transpose(1, 2) for part in leaf.split(nh * hs, dim=2))
+    scores = (q @ k.transpose(2, 3) / hs**0.5).masked_fill(
+        torch.ones(T, T, dtype=torch.bool, device=DEVICE).triu(1), float("-inf")
+    )
+    wanted = (scores.softmax(3) @ v).transpose(1, 2).reshape(B, T, nh * hs)
+    wanted.backward(dy.double())
+    y, saved = backend.forward(qkv)
+    assert y.is_contiguous()
+    assert_close(y, wanted, close)
+    assert leaf.grad is not None
+    assert_close(backend.backward(dy, qkv, y, saved), leaf.grad, close)
+
+
+@pytest.mark.gpu
+def test_a_product_that_cublaslt_cannot_do_says_so() -> None:
+    """Catches a status that nobody looked at: an unfit product must raise, not leave its output unwritten."""
+    if not GPU:
+        pytest.skip("needs a GPU")
+    products = FusedLinear(DEVICE)
+    with pytest.raises(CublasLtError):
+        products.forward(random(8, 3, dtype=torch.bfloat16), random(5, 4, dtype=torch.bfloat16)[:, :3])
