@@ -1,0 +1,215 @@
+"""A checkpoint for the rest of the field: a Hugging Face folder, or llm.c's file.
+
+    python -m gpt2.export CHECKPOINT OUT                       a folder for transformers, with tokenizer and model card
+    python -m gpt2.export CHECKPOINT OUT --format llmc         llm.c, version 3 (fp32, bit for bit)
+    python -m gpt2.export CHECKPOINT OUT --format llmc-bf16    llm.c, version 5
+    python -m gpt2.export CHECKPOINT OUT --push user/name      the folder, and then to the Hub; the token is HF_TOKEN
+
+CHECKPOINT is anything that `gpt2.pretrained.resolve` knows, so this also converts OpenAI's GPT-2 to llm.c and back.
+For GGUF, give OUT to llama.cpp's own converter: `python convert_hf_to_gguf.py OUT --outfile model.gguf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt2 import model_card
+from gpt2.atomic import fsync_dir, write_text
+from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
+from gpt2.config import ModelConfig
+from gpt2.errors import UserError
+from gpt2.llmc import write_llmc
+from gpt2.model import GPT
+from gpt2.pretrained import read_any, resolve
+from gpt2.stage import fail
+from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_files
+from gpt2.weights import hf_config, load_hf, to_hf
+
+END_OF_TEXT = "<|endoftext|>"
+LLMC_VERSIONS = {"llmc": 3, "llmc-bf16": 5}
+TOKEN_VARIABLE = "HF_TOKEN"
+
+
+def export_hf(checkpoint: Path, out: Path, *, name: str | None = None) -> Path:
+    """Write folder `out` as transformers' AutoModelForCausalLM, AutoTokenizer and pipeline read it, in fp32.
+
+    Args:
+        checkpoint: see `gpt2.pretrained.resolve`.
+        out: must not exist, or be empty; it is there whole or not at all.
+        name: of the model on its card, after "gpt2-"; None: its recipe's.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: there is no model at `checkpoint`, or something at `out`.
+    """
+    _refuse_existing(out)
+    config, weights = _read(checkpoint)
+    folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    folder.mkdir(parents=True)
+    try:
+        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
+        (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
+        has_tokenizer = config.vocab_size == VOCAB_SIZE
+        files = {
+            MODEL_CONFIG: _json(hf_config(config) | {"dtype": "float32"}),
+            "generation_config.json": _json(_generation_config(config)),
+            "README.md": model_card.render(
+                model_card.gather(resolve(checkpoint), config, name), tokenizer=has_tokenizer
+            ),
+        }
+        if has_tokenizer:
+            files |= _tokenizer_files(config.block_size)
+        for file, text in files.items():
+            write_text(folder / file, text)
+        if out.exists():
+            out.rmdir()  # empty
+        folder.rename(out)
+        fsync_dir(out.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def export_llmc(checkpoint: Path, out: Path, version: int = 3) -> Path:
+    """Write file `out` as llm.c reads it; see `gpt2.llmc`. The returned path is `out`, or `out`/gpt2.bin where `out` is
+    a folder.
+
+    Raises:
+        UserError: there is no model at `checkpoint`.
+    """
+    config, weights = _read(checkpoint)
+    file = out / "gpt2.bin" if out.is_dir() else out
+    write_llmc(file, config, weights, version)
+    return file
+
+
+def push(folder: Path, repo: str, *, public: bool = False) -> str:
+    """Upload an exported folder to a model repository on the Hub, made if it is not there, private unless `public`.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        UserError: HF_TOKEN is not set, or the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    token = os.environ.get(TOKEN_VARIABLE)
+    if not token:
+        raise UserError(f"{TOKEN_VARIABLE} is not set: give a token with write access as {TOKEN_VARIABLE}=... in front")
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo, private=not public, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload model").commit_url)
+    except (HfHubHTTPError, HTTPError, OSError, ValueError) as error:
+        raise UserError(f"{folder} is written, but {repo} was not updated: {str(error).splitlines()[0]}") from error
+
+
+def _refuse_existing(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists: delete it, or give another folder")
+
+
+def _read(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Through a model, which checks every name and shape and drops what is not GPT-2's."""
+    config, weights = read_any(checkpoint)
+    model = GPT(config)
+    load_hf(model, weights)
+    return config, to_hf(model)
+
+
+def _generation_config(config: ModelConfig) -> dict[str, Any]:
+    end = config.vocab_size - 1
+    return {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end, "do_sample": True, "top_k": 50}
+
+
+def _tokenizer_files(block_size: int) -> dict[str, str]:
+    """GPT-2's tokenizer by the names that transformers, slow or fast, of version 4 or 5, looks for."""
+    source = {name: data.decode("utf-8") for name, data in gpt2_files().items()}
+    merges = source["vocab.bpe"].split("\n")[1:]  # after "#version: 0.2"
+    end = {"content": END_OF_TEXT, "lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": EOT, **end, "special": True}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": {**byte_level, "trim_offsets": False},
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "vocab": json.loads(source["encoder.json"]),
+            "merges": [merge for merge in merges if merge],
+        },
+    }
+    tokenizer_config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "vocab.json": source["encoder.json"],
+        "merges.txt": source["vocab.bpe"],
+        "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
+        "tokenizer_config.json": _json(tokenizer_config),
+        "special_tokens_map.json": _json(dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)),
+    }
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m gpt2.export", description="A checkpoint for other programs.")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint folder, Hugging Face folder, llm.c file, train stage")
+    parser.add_argument("out", type=Path, help="folder to make, or file for llm.c")
+    parser.add_argument("--format", choices=["hf", *LLMC_VERSIONS], default="hf")
+    parser.add_argument("--name", help="of the model on its card, after gpt2-")
+    parser.add_argument("--push", metavar="USER/NAME", help=f"then upload it to the Hub; needs {TOKEN_VARIABLE}")
+    parser.add_argument("--public", action="store_true", help="make a repository that is pushed to public")
+    args = parser.parse_args(argv)
+    if args.push and args.format != "hf":
+        raise UserError(f"--push uploads the folder of --format hf, not of {args.format}")
+    if args.push and not os.environ.get(TOKEN_VARIABLE):
+        raise UserError(f"--push needs a token with write access in the environment, as {TOKEN_VARIABLE}")
+    if args.format == "hf":
+        print(export_hf(args.checkpoint, args.out, name=args.name))
+    else:
+        print(export_llmc(args.checkpoint, args.out, LLMC_VERSIONS[args.format]))
+    if args.push:
+        print(push(args.out, args.push, public=args.public))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        fail(str(error), 2)
+    except OSError as error:
+        fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
