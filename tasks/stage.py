@@ -137,11 +137,13 @@ def run_stage(request: Request, runtime: Runtime, inputs: tuple[Manifest, ...] =
                 keep_open=locks,
             )
         finished = True
+    except launch.StageFailed as failed:
+        raise type(failed)(f"{_short(request)}: {failed}") from None
     finally:
         for display in displays:
             display.close(progress, finished)
     if not (directory / MANIFEST).exists():
-        raise launch.StageCrashed(f"its process ended without an error and without {directory / MANIFEST}")
+        raise launch.StageCrashed(f"{_short(request)}: it ended without an error and without {directory / MANIFEST}")
     return read_model(directory / MANIFEST, Manifest)
 
 

@@ -1,0 +1,198 @@
+"""From nothing to a trained GPT-2 and a report on it.
+
+    python -m flows.reproduce 124m [train.optim.max_lr=3e-4 runtime.gpus=4 ...]
+
+Run it again after anything has stopped it: finished stages are found finished, the others go on where they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect import runtime as prefect_runtime
+from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
+from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
+
+import flows.environment  # noqa: F401  before prefect, which reads its settings when imported
+from flows import services
+from flows.environment import prefect_in
+from gpt2.config import RunConfig, Runtime, Section
+from gpt2.errors import UserError
+from gpt2.manifest import MANIFEST, Manifest
+from gpt2.plan import Plan, plan
+from gpt2.recipe import load, load_runtime, parse_overrides
+from tasks.launch import StageCrashed, StageFailed
+from tasks.mirror import Mirror
+from tasks.stage import benchmark, download, evaluate, report, tokenize, train
+from tasks.tracking import Tracking
+
+
+class Outcome(Section):
+    """What a run leaves: the report's manifest, and where the run is to be found on the two pages."""
+
+    report: Manifest
+    mlflow: str | None
+    """fragment of the run's address on an MLflow page; None if MLflow was never reached"""
+    flow_run: str
+
+
+@flow(name="reproduce-gpt2", description=__doc__, persist_result=False)
+def reproduce(
+    recipe: str = "demo",
+    overrides: dict[str, Any] | None = None,
+    runtime: str | None = None,
+    store: str | None = None,
+) -> Outcome:
+    """Run a recipe.
+
+    Args:
+        recipe: name in conf/, or path of a .yaml file
+        overrides: dotted fields of the recipe, e.g. {"train.optim.max_lr": 0.001}; fields of the runtime begin with "runtime."
+        runtime: name in conf/runtime/, or path; by default everything is found by looking at the machine
+        store: folder of all results; by default the runtime's
+    """
+    config, how = configure(recipe, overrides, runtime, store)
+    steps = plan(config, how.store)
+    flow_run = prefect_runtime.flow_run.id
+    _name_flow_run(flow_run, f"{config.name} {steps.train.address}")
+
+    mirror = Mirror(config, steps, how.store, _links(flow_run))
+    busy = not all((how.store / request.address / MANIFEST).exists() for request in steps.requests().values())
+    with Tracking(mirror, busy=busy):
+        corpus = download(steps.download, how)
+        independent = [name for name, request in steps.benchmarks.items() if not request.inputs]
+        made, skipped = _benchmarks(config, steps, how, independent)  # first: what cannot be had is better known early
+        shards = tokenize(steps.tokenize, how, corpus)
+        dependent = [name for name in steps.benchmarks if name not in independent]
+        more, skipped_more = _benchmarks(config, steps, how, dependent, shards)
+        if skipped | skipped_more:
+            mirror.plan = steps = plan(config, how.store, skipped | skipped_more)
+        made |= more
+        scored_in_training = [made[config.train.benchmark]] if config.train.benchmark else []
+        model = train(steps.train, how, shards, *scored_in_training)
+        scores = evaluate(steps.evaluate, how, model, shards, *made.values())
+        page = report(steps.report, how, shards, model, scores)
+    _show_report(config, how.store / steps.report.address, mirror)
+    return Outcome(report=page, mlflow=mirror.fragment if mirror.run_id else None, flow_run=str(flow_run))
+
+
+def configure(
+    recipe: str, overrides: dict[str, Any] | None, runtime: str | None, store: str | None
+) -> tuple[RunConfig, Runtime]:
+    """What is to be run, and how.
+
+    Raises:
+        UserError: one of them is not valid; the text names the field.
+    """
+    overrides = dict(overrides or {})
+    if store:
+        overrides["runtime.store"] = store
+    return load(recipe, overrides), load_runtime(runtime, overrides)
+
+
+def _benchmarks(
+    config: RunConfig, steps: Plan, how: Runtime, names: list[str], *inputs: Manifest
+) -> tuple[dict[str, Manifest], dict[str, str]]:
+    """Make the named benchmarks: name -> manifest, and name -> why of optional ones that could not be had."""
+    made, skipped = {}, {}
+    for name in names:
+        try:
+            made[name] = benchmark(steps.benchmarks[name], how, *inputs, label=name)
+        except StageFailed as error:
+            if not config.benchmarks[name].optional or name == config.train.benchmark:
+                raise
+            get_run_logger().warning("benchmark %s is left out: %s", name, error)
+            skipped[name] = str(error)
+    return made, skipped
+
+
+# ------------------------------------------------------------------------------------------- names, links, artifacts
+
+
+def _name_flow_run(flow_run: Any, name: str) -> None:
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(flow_run, name=name)
+
+
+def _links(flow_run: Any) -> dict[str, str]:
+    """Tags that lead from MLflow to the flow run. An embedded server has no page that could be opened later."""
+    links = {"prefect.flow_run_id": str(flow_run)}
+    if PREFECT_API_URL.value() and (url := prefect_runtime.flow_run.ui_url):
+        links["prefect.flow_run"] = url
+    return links
+
+
+def _show_report(config: RunConfig, directory: Path, mirror: Mirror) -> None:
+    """The report as an artifact of the flow run, and a link to the MLflow run where that has an address."""
+    text = (directory / "report.md").read_text(encoding="utf-8")
+    text = re.sub(r"^!\[.*\]\(.*\)\s*$", "", text, flags=re.MULTILINE)  # the page cannot show the store's pictures
+    create_markdown_artifact(
+        key=f"report-{config.name}", markdown=f"With its plots: `{directory / 'report.html'}`\n\n{text}",
+        description=f"Report of {config.name}",
+    )  # fmt: skip
+    if mirror.page:
+        create_link_artifact(key=f"mlflow-{config.name}", link=mirror.page, link_text="MLflow run")
+
+
+class _OneLine(logging.Filter):
+    """An error that says what to do needs no traceback of the machinery that carried it here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and isinstance(record.exc_info[1], StageFailed | UserError):
+            record.exc_info = None
+        return True
+
+
+for _name in ("prefect.flow_runs", "prefect.task_runs"):
+    logging.getLogger(_name).addFilter(_OneLine())
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a recipe from the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m flows.reproduce", description="Run a recipe.")
+    parser.add_argument("recipe", help="name in conf/, or path of a .yaml file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="field=value", help="e.g. train.optim.max_lr=3e-4 runtime.gpus=4"
+    )
+    parser.add_argument("--runtime", help="name in conf/runtime/, or path of a .yaml file")
+    given = parser.parse_intermixed_args(arguments)
+    again = "run the same command again to go on"
+    try:
+        overrides = parse_overrides(given.overrides)
+        config, how = configure(given.recipe, overrides, given.runtime, None)
+        plan(config, how.store)  # what is wrong with it is better said before anything is started
+        up = services.running(how.store)
+        services.use(up)
+        with prefect_in(how.store, up.get("prefect")):
+            outcome = reproduce(given.recipe, overrides, given.runtime)
+    except StageCrashed as error:
+        return _stopped(f"error: {error}; {again}", 1)
+    except (StageFailed, UserError) as error:
+        return _stopped(f"error: {error}", 2)
+    except KeyboardInterrupt:
+        return _stopped(f"stopped; {again}", 130)
+    except TerminationSignal:
+        return _stopped(f"stopped by SIGTERM; {again}", 143)
+    print(services.where(how.store, outcome.report.address, outcome.mlflow, outcome.flow_run), flush=True)
+    return 0
+
+
+def _stopped(message: str, status: int) -> int:
+    print(message, file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
