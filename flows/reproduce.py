@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from gpt2.manifest import MANIFEST, Manifest
 from gpt2.plan import Plan, plan
 from gpt2.recipe import load, load_runtime, parse_overrides
 from tasks.launch import StageCrashed, StageFailed
-from tasks.mirror import Mirror
+from tasks.mirror import Mirror, preload
 from tasks.stage import benchmark, download, evaluate, report, tokenize, train
 from tasks.tracking import Tracking
 
@@ -56,7 +58,7 @@ def reproduce(
 
     Args:
         recipe: name in conf/, or path of a .yaml file
-        overrides: dotted fields of the recipe, e.g. {"train.optim.max_lr": 0.001}; fields of the runtime begin with "runtime."
+        overrides: dotted fields of the recipe, e.g. {"train.optim.max_lr": 0.001}; the runtime's begin with "runtime."
         runtime: name in conf/runtime/, or path; by default everything is found by looking at the machine
         store: folder of all results; by default the runtime's
     """
@@ -154,6 +156,7 @@ class _OneLine(logging.Filter):
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_OneLine())
+logging.getLogger("prefect").addFilter(lambda record: "temporary server" not in record.getMessage())
 
 
 # ---------------------------------------------------------------------------------------------------- command line
@@ -170,11 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_intermixed_args(arguments)
     again = "run the same command again to go on"
     try:
+        threading.Thread(target=preload, daemon=True).start()  # while the server starts there is time
         overrides = parse_overrides(given.overrides)
         config, how = configure(given.recipe, overrides, given.runtime, None)
         plan(config, how.store)  # what is wrong with it is better said before anything is started
         up = services.running(how.store)
-        services.use(up)
+        if "mlflow" in up:
+            os.environ.setdefault("MLFLOW_TRACKING_URI", up["mlflow"])
         with prefect_in(how.store, up.get("prefect")):
             outcome = reproduce(given.recipe, overrides, given.runtime)
     except StageCrashed as error:

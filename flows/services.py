@@ -1,16 +1,281 @@
-"""Prefect server, MLflow and a worker in the background: `python -m flows.services up|down|status`."""
+"""Prefect server, MLflow and a worker in the background.
+
+    python -m flows.services up [--store DIR] [--prefect-port 4200] [--mlflow-port 5000]
+    python -m flows.services down | status
+    python -m flows.services worker      in the foreground, for a server elsewhere (PREFECT_API_URL)
+
+What runs is noted in <store>/services, beside the logs.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.environment import database_url
+from gpt2.atomic import write_text
+from gpt2.config import Runtime
+from gpt2.errors import UserError
+from gpt2.recipe import names
+
+HOST = "127.0.0.1"
+PORTS = {"prefect": 4200, "mlflow": 5000}
+START_SECONDS = 180.0
+STOP_SECONDS = 60.0
+"""the worker's share is the longest: a training under it writes a checkpoint first"""
+
+
+# ----------------------------------------------------------------------------------------------------- what is running
+
+
+def _note(store: Path, service: str) -> Path:
+    return store / "services" / f"{service}.json"
+
+
+def _process(store: Path, service: str) -> tuple[psutil.Process, dict[str, Any]] | None:
+    """The running process of a service and its note; a number that the kernel has given to another process since is
+    told apart by its time of birth."""
+    try:
+        note = json.loads(_note(store, service).read_text())
+        process = psutil.Process(note["pid"])
+        alive = process.create_time() == note["created"] and process.status() != psutil.STATUS_ZOMBIE
+    except (FileNotFoundError, ValueError, KeyError, psutil.Error):
+        return None
+    return (process, note) if alive else None
 
 
 def running(store: Path) -> dict[str, str]:
-    return {}
+    """URLs of the services that `up` has started on this store: prefect (its API) and mlflow."""
+    found = {service: _process(store, service) for service in PORTS}
+    return {service: process[1]["url"] for service, process in found.items() if process}
 
 
-def use(up: dict[str, str]) -> None: ...
+# --------------------------------------------------------------------------------------------------------------- up
+
+
+def up(store: Path, ports: dict[str, int]) -> None:
+    """Start what is not running yet, wait until it answers, and deploy every recipe.
+
+    Raises:
+        UserError: a port is in use, or a service did not come up.
+    """
+    for service, port in ports.items():
+        if _process(store, service) is None:
+            _check_port(service, port)
+    prefect, mlflow = running(store).get("prefect"), running(store).get("mlflow")
+    if prefect is None:
+        prefect = f"http://{HOST}:{ports['prefect']}/api"
+        words = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])]
+        _start(store, "prefect", words, prefect, {"PREFECT_API_DATABASE_CONNECTION_URL": database_url(store)})
+    if mlflow is None:
+        mlflow = f"http://{HOST}:{ports['mlflow']}"
+        _start(store, "mlflow", mlflow_command(store, ports["mlflow"]), mlflow)
+    _wait(store, "prefect", f"{prefect}/health")
+    _wait(store, "mlflow", f"{mlflow}/health")
+    if _process(store, "worker") is None:
+        from flows.deploy import announce
+
+        announce(prefect, store)
+        _start(store, "worker", worker_command(), "", {"MLFLOW_TRACKING_URI": mlflow})
+    print(f"Prefect  {prefect.removesuffix('/api')}")
+    print(f"MLflow   {mlflow}")
+    print(f"logs     {store / 'services'}")
+    print("start a recipe:  .venv/bin/prefect deployment run reproduce-gpt2/demo    with")
+    print(f"                 PREFECT_API_URL={prefect}")
+    print(f"recipes: {', '.join(names())}; stop it all: make down")
+
+
+def mlflow_command(store: Path, port: int) -> list[str]:
+    """One process is enough for one person's page; by default it is a dozen, with 2.6 GB."""
+    from tasks.mirror import client, ensure_experiment
+
+    uri = f"sqlite:///{store}/mlflow.db"
+    ensure_experiment(client(uri), store, uri)  # so that its artifacts lie in the store for whoever writes them
+    return [
+        *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", uri, "--artifacts-destination", str(store / "mlartifacts")),
+    ]
+
+
+def worker_command() -> list[str]:
+    from flows.deploy import POOL
+
+    # One flow run at a time: a GPU is never shared.
+    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--limit", "1"]
+
+
+def _check_port(service: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(
+                f"port {port}, wanted for {service}, is in use{_owner(port)}: stop that, or take another with "
+                f"make up ARGS='--{service}-port {port + 1}'"
+            ) from error
+
+
+def _owner(port: int) -> str:
+    try:
+        for connection in psutil.net_connections("inet"):
+            if connection.laddr and connection.laddr.port == port and connection.status == "LISTEN" and connection.pid:
+                return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    except psutil.Error:  # other users' processes are not shown to everybody
+        pass
+    return ""
+
+
+def _start(store: Path, service: str, words: list[str], url: str, env: dict[str, str] | None = None) -> None:
+    note = _note(store, service)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    api = running(store).get("prefect") or (url if service == "prefect" else "")
+    given = {
+        **os.environ,
+        "PREFECT_API_URL": api,  # the server too: its page asks there
+        "GPT2_STORE": str(store),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        **(env or {}),
+    }
+    with open(note.with_suffix(".log"), "ab") as log:
+        process = subprocess.Popen(
+            words, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    created = psutil.Process(process.pid).create_time()
+    write_text(note, json.dumps({"pid": process.pid, "created": created, "url": url}))
+
+
+def _wait(store: Path, service: str, url: str) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        try:
+            with urllib.request.urlopen(url, timeout=5) as answer:
+                if answer.status == 200:
+                    return
+        except (urllib.error.URLError, OSError):
+            pass
+        if _process(store, service) is None:
+            break
+        time.sleep(0.3)
+    log = _note(store, service).with_suffix(".log")
+    last = log.read_text(errors="replace").strip().splitlines()[-3:]
+    raise UserError(f"{service} did not come up at {url}; its log {log} ends: {' | '.join(last)}")
+
+
+# ----------------------------------------------------------------------------------------------------- down, worker
+
+
+def down(store: Path) -> list[str]:
+    """Stop what is running, the worker first; their names."""
+    stopped = []
+    for service in ("worker", "mlflow", "prefect"):
+        found = _process(store, service)
+        if found is None:
+            continue
+        _stop(found[0])
+        _note(store, service).unlink(missing_ok=True)
+        stopped.append(service)
+        if service == "worker" and (api := running(store).get("prefect")):
+            from flows.deploy import crash_running
+
+            crash_running(api, "make down; run it again to go on")
+    return stopped
+
+
+def _stop(process: psutil.Process) -> None:
+    """SIGTERM for the service, time for it and whatever it started, SIGKILL for what is left."""
+    family = [process, *process.children(recursive=True)]
+    process.send_signal(signal.SIGTERM)
+    _, alive = psutil.wait_procs(family, STOP_SECONDS)
+    for left in alive:
+        left.kill()
+
+
+def worker(store: Path) -> None:
+    """Become a worker of the server at PREFECT_API_URL, once it answers, with every recipe deployed."""
+    from flows.deploy import announce
+
+    api = os.environ.get("PREFECT_API_URL")
+    if not api:
+        raise UserError("PREFECT_API_URL is not set: a worker needs a server; make up starts both")
+    _wait_for_elsewhere(f"{api}/health")
+    announce(api, store)
+    command = worker_command()
+    os.execv(command[0], command)
+
+
+def _wait_for_elsewhere(url: str) -> None:
+    until = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > until:
+                raise UserError(f"{url} does not answer: {error}") from error
+            time.sleep(1)
+
+
+# ------------------------------------------------------------------------------------------------------ where to look
 
 
 def where(store: Path, report: str, mlflow: str | None, flow_run: str) -> str:
-    return f"report   {store / report / 'report.html'}"
+    """The last lines of a run: the report, and the addresses of its two pages, or how to get them.
+
+    Args:
+        report: address of the report stage.
+        mlflow: fragment of the run's address on an MLflow page.
+    """
+    up = running(store)
+    prefect = (os.environ.get("PREFECT_API_URL") or up.get("prefect") or "").rstrip("/").removesuffix("/api")
+    tracking = os.environ.get("MLFLOW_TRACKING_URI") or up.get("mlflow") or ""
+    if not tracking.startswith("http"):
+        tracking = f"make up, then http://{HOST}:{PORTS['mlflow']}"
+    if not prefect:
+        prefect = f"make up, then http://{HOST}:{PORTS['prefect']}"
+    return "\n".join((
+        f"report   {store / report / 'report.html'}",
+        f"MLflow   {tracking.rstrip('/')}/{mlflow or ''}",
+        f"Prefect  {prefect}/runs/flow-run/{flow_run}",
+    ))  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m flows.services", description=__doc__)
+    parser.add_argument("what", choices=("up", "down", "status", "worker"))
+    parser.add_argument("--store", type=Path, default=os.environ.get("GPT2_STORE") or Runtime().store)
+    for service, port in PORTS.items():
+        parser.add_argument(f"--{service}-port", type=int, default=port)
+    given = parser.parse_args(arguments)
+    store = Runtime(store=given.store).store
+    try:
+        if given.what == "up":
+            up(store, {service: getattr(given, f"{service}_port") for service in PORTS})
+        elif given.what == "down":
+            print(f"stopped: {', '.join(down(store)) or 'nothing was running'}")
+        elif given.what == "worker":
+            worker(store)
+        else:
+            for service in (*PORTS, "worker"):
+                found = _process(store, service)
+                print(f"{service:8}", f"process {found[0].pid} {found[1]['url']}" if found else "not running")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -54,14 +54,20 @@ def experiment_name() -> str:
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
-def client(uri: str) -> MlflowClient:
-    """An MLflow client that gives up soon: by default one call to a dead server takes four minutes."""
+def preload() -> None:
+    """Import MLflow, set up to give up soon (by default one call to a dead server takes four minutes) and quietly."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # else it tells of each migration of a new database
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient  # two seconds, which only whoever tracks spends
+    import mlflow  # noqa: F401  two seconds, which only whoever tracks spends
+
+
+def client(uri: str) -> MlflowClient:
+    """An MLflow client."""
+    preload()
+    from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
 
