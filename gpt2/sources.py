@@ -86,11 +86,11 @@ def fetch(
         return _link_local(identity, hints, directory, progress)
     if kind == "installed-docs":
         return _write_installed_docs(identity, directory, progress)
-    from gpt2 import hub  # imports huggingface_hub, which planning needs not wait for
+    from gpt2 import hub_download  # imports huggingface_hub, which planning needs not wait for
 
     source = HubFiles.model_validate(identity) if kind == "hub" else HubShards.model_validate(identity)
     formats = TEXT_FORMATS if kind == "hub" else SHARD_FORMATS
-    return hub.download(source, formats, directory, workers=workers, progress=progress)
+    return hub_download.download(source, formats, directory, workers=workers, progress=progress)
 
 
 def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
@@ -99,9 +99,9 @@ def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
     if identity["kind"] in ("local", "local-shards"):
         return {numbered(i, name): sha256 for i, (name, _, sha256) in enumerate(identity["files"])}
     if identity["kind"] in ("hub", "hub-shards"):
-        from gpt2 import hub
+        from gpt2 import hub_download
 
-        return hub.known_sha256(directory)
+        return hub_download.known_sha256(directory)
     return {}
 
 
