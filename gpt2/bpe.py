@@ -70,6 +70,8 @@ def library() -> ctypes.CDLL:
         Unavailable: there is no C compiler, or it refuses.
     """
     compiler = _compiler()
+    if not SOURCE.exists():
+        raise Unavailable(f"{SOURCE} was not installed")
     identity = [SOURCE.read_text(), *FLAGS, *compiler, platform.machine(), platform.system()]
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     path = user_cache("bpe") / f"bpe-{name}.so"
