@@ -16,20 +16,20 @@ from typing import Any, get_args
 import pytest
 from fixtures.report_store import Store
 
-from gpt2 import report_definitions
 from gpt2.config import RunConfig
 from gpt2.errors import UserError
 from gpt2.manifest import Facts, Manifest, ReportFacts, Score, ShardEntry, Skipped, read_model
 from gpt2.plan import plan
 from gpt2.recipe import load, parse_overrides
-from gpt2.report import report
-from gpt2.report_again import as_yaml, command, configuration
-from gpt2.report_chapters import spaced
-from gpt2.report_content import lead
-from gpt2.report_drawing import spread, thin
-from gpt2.report_format import dollars, duration, percent, plural, rate, scientific, short, size
-from gpt2.report_run import Run, Sample, gather, read_curves
-from gpt2.report_text import visible
+from gpt2.report import definitions
+from gpt2.report.__main__ import report
+from gpt2.report.again import as_yaml, command, configuration
+from gpt2.report.chapters import spaced
+from gpt2.report.content import lead
+from gpt2.report.drawing import spread, thin
+from gpt2.report.format import dollars, duration, percent, plural, rate, scientific, short, size
+from gpt2.report.run import Run, Sample, gather, read_curves
+from gpt2.report.text import visible
 from gpt2.stage import StageDir
 
 TOY: dict[str, Any] = {
@@ -537,19 +537,19 @@ def test_an_unfinished_input_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_docs_are_what_the_code_defines() -> None:
     path = Path(__file__).parent.parent / "docs" / "metrics.md"
-    assert path.read_text(encoding="utf-8") == report_definitions.as_markdown(), (
-        "run: python -m gpt2.report_definitions > docs/metrics.md"
+    assert path.read_text(encoding="utf-8") == definitions.as_markdown(), (
+        "run: python -m gpt2.report.definitions > docs/metrics.md"
     )
 
 
 def test_every_number_is_defined(store: Store) -> None:
     """Catches a metric or fact that somebody added and nobody explained."""
-    names = {each.name for definitions in report_definitions.GROUPS.values() for each in definitions}
+    names = {each.name for group in definitions.GROUPS.values() for each in group}
     for model in (*get_args(get_args(Facts)[0]), Score, Skipped, ShardEntry):
         for field, info in model.model_fields.items():
             kinds = {info.annotation, *get_args(info.annotation)}
             if kinds & {int, float} and field != "row_group":
-                assert field in names, f"{model.__name__}.{field} has no definition in gpt2/report_definitions.py"
+                assert field in names, f"{model.__name__}.{field} has no definition in gpt2/report/definitions.py"
     for name, value in store.report.facts(ReportFacts).headline.items():
         if not isinstance(value, str):
             assert name.rpartition("/")[2] in names, f"headline {name}"
@@ -557,14 +557,14 @@ def test_every_number_is_defined(store: Store) -> None:
 
 def test_every_metric_that_training_writes_is_defined() -> None:
     """The names stand as literals in the library; a new one needs a definition."""
-    names = {each.name for definitions in report_definitions.GROUPS.values() for each in definitions}
+    names = {each.name for group in definitions.GROUPS.values() for each in group}
     used = {
         name
-        for path in (Path(__file__).parent.parent / "gpt2").glob("*.py")
+        for path in (Path(__file__).parent.parent / "gpt2").rglob("*.py")
         for name in re.findall(r"""["']((?:train|val|anomaly|system)/[a-z_]+)["']""", path.read_text(encoding="utf-8"))
     }
     assert "val/loss" in used
-    assert used <= names, f"not defined in gpt2/report_definitions.py: {sorted(used - names)}"
+    assert used <= names, f"not defined in gpt2/report/definitions.py: {sorted(used - names)}"
 
 
 # -------------------------------------------------------------------------------------------------------- small parts

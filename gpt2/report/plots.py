@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from gpt2.report_compare import asked_as_published, benchmark_title, main_figure, other_text
-from gpt2.report_drawing import (
+from gpt2.report.compare import asked_as_published, benchmark_title, main_figure, other_text
+from gpt2.report.drawing import (
     BESIDE,
     FEW,
     INK,
@@ -31,8 +31,8 @@ from gpt2.report_drawing import (
     token_axis,
     tokens_of,
 )
-from gpt2.report_format import fixed, percent, rate, short
-from gpt2.report_run import Curve, Run
+from gpt2.report.format import fixed, percent, rate, short
+from gpt2.report.run import Curve, Run
 
 
 def draw(run: Run) -> list[Plot]:

@@ -1,6 +1,6 @@
 """The definition of every number that the project prints, in one place.
 
-python -m gpt2.report_definitions > docs/metrics.md
+python -m gpt2.report.definitions > docs/metrics.md
 
 writes the table for people; a test compares it with the names that the code uses.
 """
@@ -259,7 +259,7 @@ def as_markdown() -> str:
         "# What the numbers mean",
         "",
         "Every number that a metric, a manifest, the report, MLflow or Prefect shows. Made by",
-        "`python -m gpt2.report_definitions`; edit gpt2/report_definitions.py, not this page.",
+        "`python -m gpt2.report.definitions`; edit gpt2/report/definitions.py, not this page.",
     ]
     for title, definitions in GROUPS.items():
         lines += ["", f"## {title}", "", "| name | unit | definition |", "|---|---|---|"]

@@ -18,8 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from gpt2.report_format import short
-from gpt2.report_run import Curve, Run
+from gpt2.report.format import short
+from gpt2.report.run import Curve, Run
 
 OURS, INK, MUTED, GRID = "#1d5fd1", "#1b1f25", "#5f6975", "#e2e5e9"
 PUBLISHED = ("#b8500f", "#23824f", "#7a48c4", "#a3296f", "#0f7f8c")

@@ -6,13 +6,13 @@ plots/*.png. Computes nothing new about the model; numbers come from the manifes
 
 from __future__ import annotations
 
-from gpt2 import report_html, report_markdown
 from gpt2.atomic import atomic_write, write_text
 from gpt2.manifest import ReportFacts
-from gpt2.report_content import document, headline
-from gpt2.report_drawing import png, svg
-from gpt2.report_plots import draw
-from gpt2.report_run import gather
+from gpt2.report import html, markdown
+from gpt2.report.content import document, headline
+from gpt2.report.drawing import png, svg
+from gpt2.report.plots import draw
+from gpt2.report.run import gather
 from gpt2.stage import StageDir, main
 
 
@@ -28,8 +28,8 @@ def report(directory: StageDir) -> None:
     for plot in plots:
         _write_bytes(directory, pictures[plot.name], png(plot))
     page = document(run, plots)
-    write_text(directory.path / "report.md", report_markdown.render(page, pictures))
-    write_text(directory.path / "report.html", report_html.render(page, {plot.name: svg(plot) for plot in plots}))
+    write_text(directory.path / "report.md", markdown.render(page, pictures))
+    write_text(directory.path / "report.html", html.render(page, {plot.name: svg(plot) for plot in plots}))
     directory.finish(["report.md", "report.html", *pictures.values()], ReportFacts(headline=headline(run)))
     print(f"report: {directory.path / 'report.html'}", flush=True)
 

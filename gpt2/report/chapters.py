@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from gpt2.flops import flops_per_token
-from gpt2.report_again import as_yaml, command, configuration
-from gpt2.report_compare import asked_as_published, benchmark_title, notes, standard_error
-from gpt2.report_definitions import METRICS_SHOWN, definition
-from gpt2.report_document import Block, Code, Listing, Paragraph, Passage, Points, Table, Text
-from gpt2.report_format import (
+from gpt2.report.again import as_yaml, command, configuration
+from gpt2.report.compare import asked_as_published, benchmark_title, notes, standard_error
+from gpt2.report.definitions import METRICS_SHOWN, definition
+from gpt2.report.document import Block, Code, Listing, Paragraph, Passage, Points, Table, Text
+from gpt2.report.format import (
     DASH,
     dollars,
     duration,
@@ -26,7 +26,7 @@ from gpt2.report_format import (
     size,
     whole,
 )
-from gpt2.report_run import Run, Sample
+from gpt2.report.run import Run, Sample
 
 SAMPLES_SHOWN = 12
 ANOMALIES_SHOWN = 50

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Sequence
 
-from gpt2 import report_chapters as chapters
-from gpt2.report_compare import benchmark_task, benchmark_title, hellaswag_reference, main_figure, val_loss_reference
-from gpt2.report_document import Chapter, Code, Document, Gallery, Picture, Text, Tile
-from gpt2.report_drawing import Plot
-from gpt2.report_format import dollars, duration, fixed, percent, plural, short, short_commit, significant, whole
-from gpt2.report_run import Run
+from gpt2.report import chapters
+from gpt2.report.compare import benchmark_task, benchmark_title, hellaswag_reference, main_figure, val_loss_reference
+from gpt2.report.document import Chapter, Code, Document, Gallery, Picture, Text, Tile
+from gpt2.report.drawing import Plot
+from gpt2.report.format import dollars, duration, fixed, percent, plural, short, short_commit, significant, whole
+from gpt2.report.run import Run
 
 
 def headline(run: Run) -> dict[str, float | str | None]:

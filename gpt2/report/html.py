@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from html import escape
 
-from gpt2.report_document import (
+from gpt2.report.document import (
     Block,
     Code,
     Document,
@@ -23,8 +23,8 @@ from gpt2.report_document import (
     Tile,
     parts,
 )
-from gpt2.report_style import CSS, POLICY
-from gpt2.report_text import visible
+from gpt2.report.style import CSS, POLICY
+from gpt2.report.text import visible
 
 
 def render(document: Document, pictures: Mapping[str, str]) -> str:

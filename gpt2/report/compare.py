@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from gpt2.config import Published
 from gpt2.manifest import Score
-from gpt2.report_again import departures
-from gpt2.report_document import Code, Text
-from gpt2.report_run import Run
+from gpt2.report.again import departures
+from gpt2.report.document import Code, Text
+from gpt2.report.run import Run
 
 HELLASWAG_EXAMPLES = 10_042  # of the validation set, which published figures are over
 TRAINING = tuple(

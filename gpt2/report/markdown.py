@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from gpt2.report_document import (
+from gpt2.report.document import (
     Block,
     Code,
     Document,
@@ -18,7 +18,7 @@ from gpt2.report_document import (
     Text,
     parts,
 )
-from gpt2.report_text import visible
+from gpt2.report.text import visible
 
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from gpt2.manifest import Request
-from gpt2.report_run import Run
+from gpt2.report.run import Run
 
 
 def configuration(run: Run) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The report stage and its parts: what came out of a run, for people."""
