@@ -251,6 +251,14 @@ class Runtime(Section):
     ] = "auto"
     tokenize_workers: PositiveInt | Auto = "auto"
     tokenize_backend: Literal["auto", "tiktoken"] = "auto"
+    cluster: Annotated[
+        str | None,
+        Field(description="Dask scheduler (tcp://host:8786) whose workers tokenize, or local:N to start N processes"),
+    ] = None
+    cluster_parts: Annotated[
+        str | None,
+        Field(description="folder or address that all workers can write, for what they hand over; None: in the store"),
+    ] = None
     download_workers: PositiveInt = 8
     log_every: PositiveInt = 10
     verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = (
