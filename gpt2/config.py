@@ -249,6 +249,9 @@ class Runtime(Section):
     kernels: Annotated[
         Literal["auto", "reference"], Field(description="reference: the plain path, no fused kernels")
     ] = "auto"
+    deterministic: Annotated[
+        bool, Field(description="bit-equal weights when the same run is repeated or resumed on the same machine")
+    ] = True
     tokenize_workers: PositiveInt | Auto = "auto"
     tokenize_backend: Literal["auto", "tiktoken"] = "auto"
     cluster: Annotated[
