@@ -204,6 +204,15 @@ class StageTask:
             cache_result_in_memory=False,
         )
 
+    def bound(self, request: Request, runtime: Runtime, label: str = "") -> Task[..., Manifest]:
+        """The task for one request: named after it, and cached under its address in the runtime's store."""
+        stage, _, fingerprint = request.address.partition("/")
+        return self._task.with_options(
+            task_run_name=" ".join(part for part in (stage, label, fingerprint[:8]) if part),
+            cache_policy=StageAddress(key_storage=ManifestKeys(store=runtime.store, deep=runtime.verify)),
+            result_storage=runtime.store / RESULTS,
+        )
+
     def __call__(self, request: Request, runtime: Runtime, *inputs: Manifest, label: str = "") -> Manifest:
         """Run the stage in this thread, or find it finished.
 
@@ -213,14 +222,7 @@ class StageTask:
         Raises:
             StageFailed: the stage's process did not end well.
         """
-        stage, _, fingerprint = request.address.partition("/")
-        name = " ".join(part for part in (stage, label, fingerprint[:8]) if part)
-        task = self._task.with_options(
-            task_run_name=name,
-            cache_policy=StageAddress(key_storage=ManifestKeys(store=runtime.store, deep=runtime.verify)),
-            result_storage=runtime.store / RESULTS,
-        )
-        return task(request, runtime, inputs)
+        return self.bound(request, runtime, label)(request, runtime, inputs)
 
 
 download = StageTask("download", retries=2)
