@@ -41,6 +41,7 @@ class _Embed(torch.autograd.Function):
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (idx,) = ctx.saved_tensors
         dwte, ctx.owner.dwte = ctx.owner.dwte, None
+        ctx.owner.engine.passing = None
         dwpe, holds = take(ctx.owner.wpe)
         if not holds:
             dwpe.zero_()
@@ -67,9 +68,10 @@ class _Head(torch.autograd.Function):
         dlogits, ctx.dlogits = ctx.dlogits, None
         owner.dwte, holds = take(owner.wte)
         owner.engine.linear.weight_grad_(owner.dwte, holds, dlogits, h, scale=dloss)
-        dh = owner.engine.linear.input_grad(dlogits, owner.wte_copy, scale=dloss)
+        dh = owner.engine.linear.input_grad(dlogits, owner.wte_copy)
         del dlogits
-        dx, dweight, dbias = layer_norm.backward(dh, None, x, mean, rstd, owner.ln_f.weight)
+        dx, dweight, dbias, dx_sum = layer_norm.backward(dh, None, x, mean, rstd, owner.ln_f.weight, scale=dloss)
+        owner.engine.passing = dx, dx_sum
         dweight, dbias = add_to([owner.ln_f.weight, owner.ln_f.bias], [dweight, dbias])
         return None, dx, None, dweight, dbias, None
 

@@ -9,6 +9,9 @@ from torch.nn import functional as F
 from gpt2.kernels.triton_or_none import tl, triton, usable
 from gpt2.model import IGNORE
 
+BLOCK, WARPS = 8192, 32
+"""logits and warps a program works with at a time: few programs at once, so that their rows stay in the L2 cache"""
+
 
 def losses(logits: Tensor, targets: Tensor, vocab_size: int, scored: Tensor | None = None) -> Tensor:
     """-log softmax(logits[:, :vocab_size])[target] of each row, in nats; 0 where the target is IGNORE.
@@ -35,37 +38,56 @@ def losses(logits: Tensor, targets: Tensor, vocab_size: int, scored: Tensor | No
         return out
     out = torch.empty(N, dtype=torch.float32, device=logits.device)
     _cross_entropy[(N,)](
-        logits, targets, out, out if scored is None else scored, vocab_size, V, GRADIENT=scored is not None,
-        IGNORED=IGNORE, BLOCK=min(8192, triton.next_power_of_2(V)), num_warps=16,
+        logits, targets, out, out if scored is None else scored, VOCAB=vocab_size, V=V, GRADIENT=scored is not None,
+        IGNORED=IGNORE, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
     )  # fmt: skip
     return out
 
 
 @triton.jit
-def _cross_entropy(logits, targets, out, scored, vocab_size, V, GRADIENT: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+def _cross_entropy(logits, targets, out, scored, VOCAB: tl.constexpr, V: tl.constexpr, GRADIENT: tl.constexpr, IGNORED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+    LOG2E: tl.constexpr = 1.4426950408889634
+    WHOLE: tl.constexpr = VOCAB // BLOCK * BLOCK  # up to here no block holds padding, so none needs a mask
     row = tl.program_id(0).to(tl.int64)
-    target = tl.load(targets + row)
+    lanes = tl.arange(0, BLOCK)
     logits += row * V
-    # the largest value and the sum of exponentials are kept for each lane, and brought together once at the end
-    largest = tl.full([BLOCK], -1e30, dtype=tl.float32)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        v = tl.load(logits + cols, mask=cols < vocab_size, other=-1e30).to(tl.float32)
-        higher = tl.maximum(largest, v)
-        total = total * tl.exp(largest - higher) + tl.where(cols < vocab_size, tl.exp(v - higher), 0.0)
-        largest = higher
-    top = tl.max(largest, axis=0)
-    lse = top + tl.log(tl.sum(total * tl.exp(largest - top), axis=0))
+    target = tl.load(targets + row)
     counted = target != IGNORED
     chosen = tl.load(logits + target, mask=counted, other=0.0).to(tl.float32)
-    tl.store(out + row, tl.where(counted, lse - chosen, 0.0))
+    # Exponentials are taken relative to the largest of the first block, not of the whole row: one pass less. Should
+    # a later logit be so much larger that the sum overflows, it is taken again below, carefully.
+    first = tl.load(logits + lanes, mask=lanes < VOCAB, other=float("-inf")).to(tl.float32)
+    reference = tl.max(first, axis=0) * LOG2E
+    sums = tl.zeros([BLOCK], dtype=tl.float32)
+    for start in range(0, WHOLE, BLOCK):
+        sums += tl.exp2(tl.load(logits + start + lanes).to(tl.float32) * LOG2E - reference)
+    if WHOLE < VOCAB:
+        v = tl.load(logits + WHOLE + lanes, mask=WHOLE + lanes < VOCAB, other=float("-inf")).to(tl.float32)
+        sums += tl.exp2(v * LOG2E - reference)
+    total = tl.sum(sums, axis=0)
+    if total == float("inf"):
+        largest = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
+        for start in range(0, VOCAB, BLOCK):
+            v = tl.load(logits + start + lanes, mask=start + lanes < VOCAB, other=float("-inf")).to(tl.float32)
+            largest = tl.maximum(largest, v)
+        reference = tl.max(largest, axis=0) * LOG2E
+        sums = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, VOCAB, BLOCK):
+            v = tl.load(logits + start + lanes, mask=start + lanes < VOCAB, other=float("-inf")).to(tl.float32)
+            sums += tl.exp2(v * LOG2E - reference)
+        total = tl.sum(sums, axis=0)
+    lse = tl.log2(total) + reference  # to base 2, as `reference` is
+    tl.store(out + row, tl.where(counted, lse / LOG2E - chosen, 0.0))
     if GRADIENT:
-        tl.debug_barrier()  # `chosen` is read before its place is written over
         scale = tl.where(counted, 1.0 / tl.load(scored), 0.0)
-        for start in range(0, V, BLOCK):  # this row was just read: it comes from the L2 cache
-            cols = start + tl.arange(0, BLOCK)
-            v = tl.load(logits + cols, mask=cols < vocab_size, other=-1e30).to(tl.float32)
-            p = tl.exp(v - lse) - tl.where(cols == target, 1.0, 0.0)
-            p = tl.where(cols < vocab_size, p * scale, 0.0)
-            tl.store(logits + cols, p.to(logits.dtype.element_ty), mask=cols < V)
+        shift = lse - tl.log2(scale)  # exp2(v - shift) is the probability times the scale; 0 where the scale is 0
+        for start in range(0, WHOLE, BLOCK):  # the row was just read: it comes from the L2 cache
+            v = tl.load(logits + start + lanes).to(tl.float32)
+            tl.store(logits + start + lanes, tl.exp2(v * LOG2E - shift).to(logits.dtype.element_ty))
+        for start in range(WHOLE, V, BLOCK):
+            cols = start + lanes
+            v = tl.load(logits + cols, mask=cols < VOCAB, other=float("-inf")).to(tl.float32)
+            tl.store(logits + cols, tl.exp2(v * LOG2E - shift).to(logits.dtype.element_ty), mask=cols < V)
+        tl.debug_barrier()  # the target's own place is written last
+        own = tl.exp2(chosen * LOG2E - shift) - scale
+        tl.store(logits + target, own.to(logits.dtype.element_ty), mask=counted)

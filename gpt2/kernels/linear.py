@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gpt2.kernels import gelu
-from gpt2.kernels.cublaslt import BGRADB, BIAS, DGELU, GELU_AUX_BIAS, CublasLt
+from gpt2.kernels.cublaslt import BIAS, DGELU, GELU_AUX_BIAS, CublasLt
 
 
 class Linear:
@@ -53,26 +53,19 @@ class Linear:
         else:
             dweight.copy_(product)
 
-    def weight_and_bias_grad_(self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor) -> Tensor:
-        """As `weight_grad_`; returns the sum of dy over its rows, (out,)."""
-        self.weight_grad_(dweight, accumulate, dy, x)
-        return dy.sum(0, dtype=dweight.dtype)
-
 
 class FusedLinear(Linear):
     """cuBLASLt with epilogues, the algorithm of each product chosen by measurement when it first comes up.
 
     Args:
         fused_gelu: GELU in the epilogues; else in passes of its own.
-        fused_bias_grad: the bias's gradient in the epilogue of the weights' gradient; else a pass of its own.
     """
 
     name = "cublaslt"
 
-    def __init__(self, device: torch.device, fused_gelu: bool = True, fused_bias_grad: bool = True) -> None:
+    def __init__(self, device: torch.device, fused_gelu: bool = True) -> None:
         self._lt = CublasLt(device)
         self._fused_gelu = fused_gelu
-        self._fused_bias_grad = fused_bias_grad
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.size(0), weight.size(0))
@@ -99,11 +92,3 @@ class FusedLinear(Linear):
         self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor, scale: Tensor | None = None
     ) -> None:
         self._lt.matmul(dy, x, dweight, trans_a=True, add=dweight if accumulate else None, scale=scale)
-
-    def weight_and_bias_grad_(self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor) -> Tensor:
-        if not self._fused_bias_grad:
-            return super().weight_and_bias_grad_(dweight, accumulate, dy, x)
-        dbias = torch.empty(dy.size(1), dtype=dweight.dtype, device=dy.device)
-        add = dweight if accumulate else None
-        self._lt.matmul(dy, x, dweight, trans_a=True, add=add, epilogue=BGRADB, bias=dbias)
-        return dbias
