@@ -51,15 +51,18 @@ class Choice:
         """
         if self.temperature == 0:
             return logits.argmax(-1)
+        # limits that limit nothing must not change which token a u stands for: sorted tokens lie elsewhere in the cdf
+        top_k = self.top_k if self.top_k is not None and self.top_k < logits.shape[-1] else None
+        top_p = self.top_p if self.top_p is not None and self.top_p < 1 else None
         ids: Tensor | None = None
-        if self.top_k is not None:
-            logits, ids = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)  # (R, k), likeliest first
-        elif self.top_p is not None:
+        if top_k is not None:
+            logits, ids = logits.topk(top_k, dim=-1)  # (R, k), likeliest first
+        elif top_p is not None:
             logits, ids = logits.sort(dim=-1, descending=True)  # (R, V)
         p = torch.softmax(logits.double() / self.temperature, dim=-1)  # (R, k)
         cdf = p.cumsum(-1)
-        if self.top_p is not None:
-            p = torch.where(cdf - p < self.top_p, p, 0.0)  # the likeliest token always stays: 0 < top_p
+        if top_p is not None:
+            p = torch.where(cdf - p < top_p, p, 0.0)  # the likeliest token always stays: 0 < top_p
             cdf = p.cumsum(-1)
         total = cdf[:, -1:]
         chosen = torch.searchsorted(cdf, u.view(-1, 1) * total, right=True)  # never a token of probability 0

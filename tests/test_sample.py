@@ -111,6 +111,14 @@ def test_picks_follow_the_distribution() -> None:
         torch.testing.assert_close(drawn, torch.tensor([2 / 3, 0, 1 / 3, 0]), atol=0.012, rtol=0)
 
 
+def test_limits_that_limit_nothing_change_nothing() -> None:
+    """top_p 1 given as a number, as MLflow's parameters must, and another text for the same seed."""
+    logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    u = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for choice in (Choice(top_p=1.0), Choice(top_k=20), Choice(top_k=99, top_p=1.0)):
+        assert torch.equal(choice.pick(logits, u), Choice().pick(logits, u))
+
+
 def test_picks_at_the_edges_have_probability() -> None:
     """u = 0 or nearly 1 that takes a token of probability 0 or one past the end."""
     logits = torch.tensor([[-float("inf"), 1.0, 2.0, -float("inf")]])

@@ -1,0 +1,56 @@
+"""The model that MLflow stores and serves: prompts in, continuations out.
+
+MLflow copies this file and the package gpt2 beside the weights and runs them where the model is loaded, with neither
+this checkout nor a pickle. `python -m tasks.registry` logs it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.pyfunc import PythonModel, PythonModelContext
+
+from gpt2.machine import gpu_names
+from gpt2.pretrained import load_any
+from gpt2.sample import stream_batch
+
+PARAMETERS: dict[str, Any] = {
+    "tokens": 100,
+    "temperature": 0.8,
+    "top_k": 0,  # MLflow's parameters have no None: 0 is all tokens
+    "top_p": 1.0,
+    "seed": 42,
+    "stop": "",  # a text before which to end
+}
+
+
+class GPT2(PythonModel):
+    """Continues prompts. The parameters are those of `python -m gpt2.sample`."""
+
+    def load_context(self, context: PythonModelContext) -> None:
+        self.model = load_any(Path(context.artifacts["model"]), "cuda" if gpu_names() else "cpu")
+
+    def predict(
+        self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
+    ) -> list[str]:
+        """The continuation of each prompt, without the prompt; prompt i is sampled with seed + i."""
+        given = PARAMETERS | (params or {})
+        texts = [""] * len(model_input)
+        pieces = stream_batch(
+            self.model,
+            model_input,
+            int(given["tokens"]),
+            temperature=float(given["temperature"]),
+            top_k=int(given["top_k"]) or None,
+            top_p=float(given["top_p"]),
+            seed=int(given["seed"]),
+            stop=[given["stop"]] if given["stop"] else [],
+        )
+        for row, piece in pieces:
+            texts[row] += piece
+        return texts
+
+
+mlflow.models.set_model(GPT2())
