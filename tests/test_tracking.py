@@ -1,0 +1,287 @@
+"""MLflow says what the store says: once, on one run, and never at the cost of the work."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from gpt2.config import RunConfig, Runtime
+from gpt2.manifest import METRICS
+from gpt2.metrics import MetricsWriter, cut_after_step
+from gpt2.plan import Plan, plan, prepare
+from gpt2.recipe import load
+from tasks.mirror import EXPERIMENT, Mirror, flatten
+from tasks.tracking import Tracking
+
+
+class Pipeline:
+    """A recipe in a store, whose stages can be run without Prefect."""
+
+    def __init__(self, store: Path, **overrides: Any) -> None:
+        self.store = store
+        given = {key.replace("__", "."): value for key, value in overrides.items()}
+        self.config: RunConfig = load("demo", {"train.max_steps": 30, **given})
+        self.plan: Plan = plan(self.config, store)
+        self.metrics = store / self.plan.train.address / METRICS
+
+    def run(self, *names: str) -> None:
+        for name, request in self.plan.requests().items():
+            if name in names or not names:
+                directory = prepare(request, Runtime(store=self.store))
+                subprocess.run([sys.executable, "-m", "fake_stages", str(directory)], check=True)
+
+    def mirror(self, **tags: str) -> Mirror:
+        return Mirror(self.config, self.plan, self.store, tags)
+
+
+@pytest.fixture
+def pipeline(store: Path, fake_stages: Callable[..., None]) -> Pipeline:
+    return Pipeline(store)
+
+
+def client(store: Path) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{store}/mlflow.db")
+
+
+def runs(store: Path) -> list[Any]:
+    mlflow = client(store)
+    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    return list(mlflow.search_runs([experiment.experiment_id])) if experiment else []
+
+
+def steps(store: Path, run_id: str, key: str) -> list[int]:
+    return sorted(metric.step for metric in client(store).get_metric_history(run_id, key))
+
+
+# ------------------------------------------------------------------------------------------------------------ mirror
+
+
+def test_everything_is_on_one_run(pipeline: Pipeline) -> None:
+    pipeline.run()
+    pipeline.mirror(**{"prefect.flow_run": "http://127.0.0.1:4200/runs/flow-run/1"}).sync()
+    (run,) = runs(pipeline.store)
+    assert run.info.run_name == f"demo {pipeline.plan.train.address[6:14]}"
+    assert run.data.params["train.optim.max_lr"] == "0.003"
+    assert run.data.params["train.optim.betas"] == "[0.9, 0.95]"
+    for name, request in pipeline.plan.requests().items():
+        assert run.data.tags[f"gpt2.address.{name}"] == request.address
+    assert run.data.tags["prefect.flow_run"].endswith("/runs/flow-run/1")
+    assert run.data.tags["prefect.flow_run"] in run.data.tags["mlflow.note.content"]
+    assert run.data.metrics["final/val_loss"] == 2.0
+    assert run.data.metrics["evaluate/continuation/acc_norm"] == 0.35
+    assert steps(pipeline.store, run.info.run_id, "train/loss") == list(range(1, 31))
+    assert steps(pipeline.store, run.info.run_id, "val/loss") == list(range(2, 31, 2))
+    (data,) = run.inputs.dataset_inputs
+    assert data.dataset.name == "docs 50 tokens" and data.dataset.digest == pipeline.plan.tokenize.address[9:]
+    artifacts = client(pipeline.store).list_artifacts(run.info.run_id, "report")
+    assert {artifact.path for artifact in artifacts} == {"report/report.md", "report/report.html", "report/plots"}
+    assert run.info.artifact_uri.startswith((pipeline.store / "mlartifacts").as_uri())
+
+
+def test_the_times_are_those_of_the_file(pipeline: Pipeline) -> None:
+    """Points sent again under a new time would stand there twice."""
+    pipeline.run("download", "tokenize", "benchmark-continuation", "train")
+    mirror = pipeline.mirror()
+    mirror.sync()
+    assert mirror.run_id
+    history = client(pipeline.store).get_metric_history(mirror.run_id, "train/loss")
+    lines = [json.loads(line) for line in pipeline.metrics.read_text().splitlines()]
+    assert {m.step: m.timestamp for m in history} == {
+        line["step"]: int(line["time"] * 1000) for line in lines if "train/loss" in line
+    }
+
+
+def test_mirroring_again_changes_nothing(pipeline: Pipeline) -> None:
+    pipeline.run()
+    first = pipeline.mirror()
+    first.sync()
+    before = runs(pipeline.store)[0].to_dictionary()
+    first.sync()
+    pipeline.mirror().sync()
+    assert runs(pipeline.store)[0].to_dictionary() == before
+    assert len(steps(pipeline.store, before["info"]["run_id"], "train/loss")) == 30
+
+
+def test_without_notes_mlflow_itself_knows_how_far_it_is(pipeline: Pipeline) -> None:
+    """A store that was copied without its hidden folders must not double what the server has."""
+    pipeline.run()
+    pipeline.mirror().sync()
+    for note in (pipeline.store / ".mlflow").glob("*.json"):
+        note.unlink()
+    pipeline.mirror().sync()
+    (run,) = runs(pipeline.store)
+    assert steps(pipeline.store, run.info.run_id, "train/loss") == list(range(1, 31))
+    assert len(steps(pipeline.store, run.info.run_id, "final/val_loss")) == 1
+
+
+@pytest.mark.parametrize("sees_the_cut", [True, False])
+def test_a_resumed_training_is_not_doubled(pipeline: Pipeline, sees_the_cut: bool) -> None:
+    """Training cuts its file back to the checkpoint and writes those steps again, under other times; by the time of
+    the next look the file may have grown past the old end."""
+    writer = MetricsWriter(pipeline.metrics)
+    for step in range(1, 8):
+        writer.write(step, **{"train/loss": 10.0 - step})
+    writer.write(7, **{"val/loss": 3.0})
+    writer.close()
+    mirror = pipeline.mirror()
+    mirror.sync()
+    time.sleep(0.01)
+    cut_after_step(pipeline.metrics, 4)
+    if sees_the_cut:
+        mirror.sync()
+    writer = MetricsWriter(pipeline.metrics)
+    for step in range(5, 13):
+        writer.write(step, **{"train/loss": 10.0 - step})
+        if step == 7:
+            writer.write(7, **{"val/loss": 3.0})
+    mirror.sync()
+    assert mirror.run_id
+    assert steps(pipeline.store, mirror.run_id, "train/loss") == list(range(1, 13))
+    assert steps(pipeline.store, mirror.run_id, "val/loss") == [7]
+
+
+def test_other_experiments_are_other_runs_and_compare_step_by_step(
+    store: Path, fake_stages: Callable[..., None]
+) -> None:
+    """A run found by its name alone would be continued by another learning rate."""
+    one, other = Pipeline(store), Pipeline(store, train__optim__max_lr=0.001)
+    for pipeline in (one, other):
+        pipeline.run()
+        pipeline.mirror().sync()
+    found = {run.data.params["train.optim.max_lr"]: run.info.run_id for run in runs(store)}
+    assert set(found) == {"0.003", "0.001"}
+    losses = {
+        lr: {m.step: m.value for m in client(store).get_metric_history(run_id, "train/loss")}
+        for lr, run_id in found.items()
+    }
+    assert losses["0.003"].keys() == losses["0.001"].keys()
+    assert all(losses["0.003"][step] < losses["0.001"][step] for step in losses["0.003"])
+
+
+def test_another_report_of_the_same_weights_is_the_same_run(store: Path, fake_stages: Callable[..., None]) -> None:
+    """MLflow refuses to change a parameter: a new title must not make the mirror fail for ever."""
+    Pipeline(store).run()
+    Pipeline(store).mirror().sync()
+    other = Pipeline(store, report__title="Another title")
+    other.run()
+    other.mirror().sync()
+    (run,) = runs(store)
+    assert run.data.tags["gpt2.address.report"] == other.plan.report.address
+    report = store / "mlartifacts" / EXPERIMENT / run.info.run_id / "artifacts" / "report" / "report.md"
+    assert "Another title" in report.read_text()
+
+
+def test_values_mlflow_cannot_take_do_not_stop_the_rest(pipeline: Pipeline) -> None:
+    """A loss that is not a number is what one most wants to see."""
+    writer = MetricsWriter(pipeline.metrics)
+    writer.write(1, **{"train/loss": float("nan")})
+    writer.write(2, **{"train/loss": float("inf"), "train/note": "text"})
+    writer.write(3, **{"train/loss": 3.0})
+    mirror = pipeline.mirror()
+    mirror.sync()
+    assert mirror.run_id and steps(pipeline.store, mirror.run_id, "train/loss") == [1, 2, 3]
+
+
+def test_flatten() -> None:
+    tree = {"a": {"b": 1e-8, "c": [1, 2], "d": {}, "e": None, "f": True}, "g": "text"}
+    assert flatten(tree) == {"a.b": "1e-08", "a.c": "[1, 2]", "a.d": "{}", "a.e": "null", "a.f": "true", "g": "text"}
+
+
+# ---------------------------------------------------------------------------------------------------------- tracking
+
+
+def test_the_status_is_how_it_ended(pipeline: Pipeline) -> None:
+    with pytest.raises(ValueError), Tracking(pipeline.mirror(), busy=True):
+        raise ValueError
+    assert runs(pipeline.store)[0].info.status == "FAILED"
+    with pytest.raises(KeyboardInterrupt), Tracking(pipeline.mirror(), busy=True):
+        raise KeyboardInterrupt
+    assert runs(pipeline.store)[0].info.status == "KILLED"
+    with Tracking(pipeline.mirror(), busy=True) as tracking:
+        until = time.monotonic() + 20
+        while runs(pipeline.store)[0].info.status != "RUNNING" and time.monotonic() < until:
+            time.sleep(0.1)
+        pipeline.run()
+    assert tracking.mirror.run_id == runs(pipeline.store)[0].info.run_id
+    assert runs(pipeline.store)[0].info.status == "FINISHED"
+    assert len(steps(pipeline.store, runs(pipeline.store)[0].info.run_id, "train/loss")) == 30
+    with Tracking(pipeline.mirror(), busy=False):
+        pass
+    assert len(runs(pipeline.store)) == 1 and runs(pipeline.store)[0].info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_the_machine_is_watched(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
+    for seconds in (4, 4):  # the second goes on with the first's steps
+        with Tracking(pipeline.mirror(), busy=True):
+            time.sleep(seconds)
+    (run,) = runs(pipeline.store)
+    assert 0 <= run.data.metrics["system/cpu_utilization_percentage"] <= 100
+    found = steps(pipeline.store, run.info.run_id, "system/cpu_utilization_percentage")
+    assert len(found) >= 4 and found == list(range(len(found)))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_server_that_is_down_costs_little(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By default one call to it blocks for four minutes and then raises into the training."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    with Tracking(pipeline.mirror(), busy=True):
+        began = time.monotonic()
+        pipeline.run()
+        work = time.monotonic() - began
+        ended = time.monotonic()
+    assert time.monotonic() - ended < 30, f"closing took {time.monotonic() - ended:.0f} s after {work:.0f} s of work"
+    assert "nothing is lost: the same command sends the rest" in caplog.text
+
+
+@pytest.mark.slow
+def test_the_relay_catches_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The server comes up in the middle of the run: the points before that must be there too, once."""
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setattr("tasks.tracking.AT_MOST_EVERY_SECONDS", 2.0)
+    server = None
+    try:
+        with Tracking(pipeline.mirror(), busy=True) as tracking:
+            pipeline.run("download", "tokenize", "benchmark-continuation")
+            writer = MetricsWriter(pipeline.metrics)
+            for step in range(1, 6):
+                writer.write(step, **{"train/loss": 10.0 - step})
+            time.sleep(3)
+            assert tracking.mirror.run_id is None
+            server = subprocess.Popen(
+                [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1",
+                 "--backend-store-uri", f"sqlite:///{pipeline.store}/mlflow.db",
+                 "--artifacts-destination", str(tmp_path / "artifacts")],
+                env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+                start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+            until = time.monotonic() + 90
+            while tracking.mirror.run_id is None:
+                assert time.monotonic() < until
+                time.sleep(0.2)
+            for step in range(6, 11):
+                writer.write(step, **{"train/loss": 10.0 - step})
+        (run,) = runs(pipeline.store)
+        assert steps(pipeline.store, run.info.run_id, "train/loss") == list(range(1, 11))
+    finally:
+        if server is not None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
