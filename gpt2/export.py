@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt2 import model_card
@@ -31,6 +30,7 @@ from gpt2.llmc import write_llmc
 from gpt2.model import GPT
 from gpt2.pretrained import read_any, resolve
 from gpt2.stage import fail
+from gpt2.tensor_file import write_tensors
 from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_files
 from gpt2.weights import hf_config, load_hf, to_hf
 
@@ -58,8 +58,7 @@ def export_hf(checkpoint: Path, out: Path, *, name: str | None = None) -> Path:
     folder = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     folder.mkdir(parents=True)
     try:
-        save_file({key: tensor.contiguous() for key, tensor in weights.items()}, folder / WEIGHTS, {"format": "pt"})
-        (folder / WEIGHTS).chmod(0o644)  # safetensors writes for its owner alone
+        write_tensors(folder / WEIGHTS, weights)
         has_tokenizer = config.vocab_size == VOCAB_SIZE
         files = {
             MODEL_CONFIG: _json(hf_config(config) | {"dtype": "float32"}),

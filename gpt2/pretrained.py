@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS, read_tensors
+from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
 from gpt2.llmc import is_llmc, read_llmc
 from gpt2.manifest import MANIFEST, Manifest, TrainFacts, read_model
 from gpt2.model import GPT
+from gpt2.tensor_file import read_tensors
 from gpt2.weights import load_hf, read_hf_config
 
 SHARDED, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
