@@ -18,7 +18,7 @@ from gpt2.config import BenchmarkConfig, Continuation, RunConfig, Runtime, Secti
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
-from gpt2.sources import identify
+from gpt2.sources import BENCHMARK_FORMATS, identify
 from gpt2.stages import STAGES
 
 
@@ -96,7 +96,7 @@ def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path) -> Re
     section = benchmark.model_dump(mode="json", exclude={"optional"})  # whether it may be missing changes no byte of it
     if isinstance(benchmark, Continuation):
         return _request("benchmark", section, {"shards": tokenize.address})
-    section["source"], hints = identify(benchmark.source, store)
+    section["source"], hints = identify(benchmark.source, store, BENCHMARK_FORMATS)
     return _request("benchmark", section, hints={"source": hints})
 
 

@@ -28,9 +28,13 @@ Progress = Callable[[int, int, int], None]
 DATA = "data"
 TEXT_FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SHARD_FORMATS = (".bin",)
+BENCHMARK_FORMATS = (*TEXT_FORMATS, ".yaml", ".csv", ".tokens")
+"""what benchmarks are made of: texts, and for CORE the list of its tasks"""
 
 
-def identify(source: CorpusSource, store: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def identify(
+    source: CorpusSource, store: Path, text_formats: tuple[str, ...] = TEXT_FORMATS
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, hints) of a source.
 
     Both are JSON. Request.config["source"] and Request.hints["source"] hold them, and `fetch` takes them. Local
@@ -41,7 +45,7 @@ def identify(source: CorpusSource, store: Path) -> tuple[dict[str, Any], dict[st
     """
     hints: dict[str, Any] = {"source": source.model_dump(mode="json")}
     if isinstance(source, LocalFiles | LocalShards):
-        paths = find_local(source.paths, SHARD_FORMATS if isinstance(source, LocalShards) else TEXT_FORMATS)
+        paths = find_local(source.paths, SHARD_FORMATS if isinstance(source, LocalShards) else text_formats)
         hashes = Hashes(store).of(paths)
         files = [[path.name, path.stat().st_size, sha256] for path, sha256 in zip(paths, hashes, strict=True)]
         identity = {**source.model_dump(mode="json", exclude={"paths"}), "files": files}
@@ -62,6 +66,7 @@ def fetch(
     *,
     workers: int = 8,
     progress: Progress | None = None,
+    text_formats: tuple[str, ...] = TEXT_FORMATS,
 ) -> list[str]:
     """Put a source's files into `directory`/data/ as NNNNN-name, whole and verified; for every kind of source.
 
@@ -89,7 +94,7 @@ def fetch(
     from gpt2 import hub_download  # imports huggingface_hub, which planning needs not wait for
 
     source = HubFiles.model_validate(identity) if kind == "hub" else HubShards.model_validate(identity)
-    formats = TEXT_FORMATS if kind == "hub" else SHARD_FORMATS
+    formats = text_formats if kind == "hub" else SHARD_FORMATS
     return hub_download.download(source, formats, directory, workers=workers, progress=progress)
 
 
