@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -9,7 +11,7 @@ from typing import Literal
 from gpt2.config import Section
 from gpt2.errors import UserError
 from gpt2.manifest import Skipped, read_model, sha256_file, write_model
-from gpt2.shards import ShardWriter, Tokens, read_header
+from gpt2.shards import HEADER_BYTES, TOKEN, ShardWriter, Tokens, read_header
 
 FOLDER = "shards"
 PROGRESS = "progress.json"
@@ -53,17 +55,59 @@ def split_of(path: str) -> Literal["val", "train"]:
     return "val" if "_val_" in Path(path).name else "train"
 
 
+class Folder:
+    """Where whole shards go: a stage's directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def free(self) -> int | None:
+        """Bytes of space that is left; None: nobody can say."""
+        return shutil.disk_usage(self.path).free
+
+    def local(self, name: str) -> Path:
+        """Where shard `name` is written."""
+        return self.path / name
+
+    def keep(self, name: str) -> None:
+        """Shard `name` is whole."""
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a shard that was kept; None: it is not there, or is no shard."""
+        try:
+            return HEADER_BYTES + TOKEN.itemsize * read_header(self.path / name)
+        except UserError:
+            return None
+
+    def names(self) -> list[str]:
+        """Everything that lies in the shards' folder."""
+        folder = self.path / FOLDER
+        return [f"{FOLDER}/{path.name}" for path in folder.iterdir()] if folder.exists() else []
+
+    def remove(self, name: str) -> None:
+        (self.path / name).unlink()
+
+    def read_progress(self) -> Progress | None:
+        try:
+            return read_model(self.path / PROGRESS, Progress)
+        except (FileNotFoundError, UserError):
+            return None
+
+    def write_progress(self, progress: Progress) -> None:
+        write_model(self.path / PROGRESS, progress)
+
+
 class ShardSequence:
     """Writes the stream; `shards` are the whole ones so far, those of earlier runs included.
 
     Args:
-        directory: the stage's.
+        folder: where the shards go.
         plan: fingerprint of everything that decides the bytes.
         first, others: tokens of the first shard and of each that follows.
     """
 
-    def __init__(self, directory: Path, prefix: str, plan: str, first: int, others: int) -> None:
-        self._directory, self._prefix, self._plan = directory, prefix, plan
+    def __init__(self, folder: Folder, prefix: str, plan: str, first: int, others: int) -> None:
+        self._folder, self._prefix, self._plan = folder, prefix, plan
         self._limits = first, others
         self._writer: ShardWriter | None = None
         self._skipped: list[Skipped] = []
@@ -71,12 +115,14 @@ class ShardSequence:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._pending: Future[WholeShard] | None = None
         self.shards = list(self._kept())
-        self.resumed = len(self.shards)
         self.start = self.shards[-1].end if self.shards else Place()
         self._before = sum(shard.tokens for shard in self.shards)  # of the shard that is being written
         self._number = len(self.shards)
         self._here = Place(unit=self.start.unit)
-        self._clean()
+        kept = {shard.path for shard in self.shards}
+        for name in folder.names():
+            if name not in kept:
+                folder.remove(name)
 
     @property
     def tokens(self) -> int:
@@ -99,7 +145,7 @@ class ShardSequence:
         position = max(known, 0)
         while position < len(tokens):
             if self._writer is None:
-                self._writer = ShardWriter(self._directory / shard_name(self._prefix, self._number))
+                self._writer = ShardWriter(self._folder.local(shard_name(self._prefix, self._number)))
             limit = self._limits[min(self._number, 1)]
             part = tokens[position : position + limit - self._writer.tokens]
             self._writer.write(part)
@@ -150,7 +196,8 @@ class ShardSequence:
             end=end,
             skipped=skipped,
         )
-        write_model(self._directory / PROGRESS, Progress(plan=self._plan, shards=(*self.shards, shard)))
+        self._folder.keep(shard.path)
+        self._folder.write_progress(Progress(plan=self._plan, shards=(*self.shards, shard)))
         return shard
 
     def _wait(self) -> None:
@@ -158,30 +205,10 @@ class ShardSequence:
             pending, self._pending = self._pending, None
             self.shards.append(pending.result())
 
-    def _kept(self) -> list[WholeShard]:
+    def _kept(self) -> Iterator[WholeShard]:
         """The shards of earlier runs that can be kept: of the same plan, and there with the right size."""
-        path = self._directory / PROGRESS
-        if not path.exists():
-            return []
-        try:
-            progress = read_model(path, Progress)
-        except UserError:
-            return []
-        if progress.plan != self._plan:
-            return []
-        kept = []
-        for shard in progress.shards:
-            try:
-                if read_header(self._directory / shard.path) != shard.tokens:
-                    break
-            except UserError:
-                break
-            kept.append(shard)
-        return kept
-
-    def _clean(self) -> None:
-        keep = {Path(shard.path).name for shard in self.shards}
-        folder = self._directory / FOLDER
-        for path in folder.iterdir() if folder.exists() else ():
-            if path.name not in keep:
-                path.unlink()
+        progress = self._folder.read_progress()
+        for shard in progress.shards if progress and progress.plan == self._plan else ():
+            if self._folder.size(shard.path) != HEADER_BYTES + TOKEN.itemsize * shard.tokens:
+                return
+            yield shard

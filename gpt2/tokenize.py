@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -26,8 +25,9 @@ from gpt2.encoder import Encoded, Encoder, encode_unit
 from gpt2.errors import UserError
 from gpt2.in_order import in_order
 from gpt2.machine import cpu_count
-from gpt2.manifest import DownloadFacts, Manifest, ShardEntry, TokenizeFacts, canonical
-from gpt2.shard_sequence import PROGRESS, ShardSequence, shard_name, split_of
+from gpt2.manifest import DownloadFacts, Manifest, ShardEntry, Skipped, TokenizeFacts, canonical
+from gpt2.metrics import MetricsWriter
+from gpt2.shard_sequence import PROGRESS, Folder, ShardSequence, WholeShard, shard_name, split_of
 from gpt2.shards import TOKEN, verify
 from gpt2.stage import StageDir, main
 from gpt2.worker import Processes
@@ -49,41 +49,80 @@ def tokenize(stage: StageDir) -> Manifest:
 
     reading = Reading(source.text_column or "text", config.on_bad_input)
     units, unreadable = divide([(str(corpus.path / name), name) for name in source.files], reading)
-    val_tokens = config.val_tokens or config.shard_tokens
-    shards = ShardSequence(stage.path, config.prefix, plan_of(units, config), val_tokens, config.shard_tokens)
     encoder = make_encoder(stage.runtime.tokenize_backend)
+    with closing(stage.metrics()) as metrics:
+        whole = write_shards(
+            Folder(stage.path),
+            units,
+            config,
+            lambda first: encoded(stage, units, reading, encoder, first),
+            expected_tokens(units, reading, encoder),
+            metrics,
+        )
+    facts = facts_of(whole, config, encoder.name, unreadable)
+    manifest = stage.finish([s.path for s in whole], facts, sha256={s.path: s.sha256 for s in whole})
+    (stage.path / PROGRESS).unlink(missing_ok=True)
+    return manifest
+
+
+def write_shards(
+    folder: Folder,
+    units: Sequence[Unit],
+    config: TokenizeConfig,
+    parts: Callable[[int], Iterator[tuple[int, Encoded]]],
+    expected: int,
+    metrics: MetricsWriter | None = None,
+) -> tuple[WholeShard, ...]:
+    """Write the stream that `parts` gives from a unit on, going on after the whole shards that `folder` has.
+
+    Args:
+        parts: first unit -> (index of the unit, tokens), in order.
+        expected: tokens of the whole stream, about.
+
+    Raises:
+        UserError: too little space, or whatever `parts` raises.
+    """
+    val_tokens = config.val_tokens or config.shard_tokens
+    shards = ShardSequence(folder, config.prefix, plan_of(units, config), val_tokens, config.shard_tokens)
     try:
-        expected = expected_tokens(units, reading, encoder)
-        check_space(stage.path, expected, shards.tokens)
-        with closing(Reporter(stage, units, shards, expected)) as progress:
-            for index, part in encoded(stage, units, reading, encoder, shards.start.unit):
-                shards.write(index, part.tokens, part.skipped)
-                progress.add(index, part.consumed)
-            whole = shards.finish(len(units))
-            progress.report(len(units), last=True)
+        check_space(folder, expected, shards.tokens)
+        progress = Reporter(metrics, units, shards)
+        for index, part in parts(shards.start.unit):
+            shards.write(index, part.tokens, part.skipped)
+            progress.add(index, part.consumed)
+        whole = shards.finish(len(units))
+        progress.report(len(units), last=True)
+        return whole
     except BaseException:
         with suppress(UserError):
             shards.discard()
         raise
+
+
+def facts_of(
+    whole: Sequence[WholeShard], config: TokenizeConfig, backend: str, unreadable: Sequence[Skipped]
+) -> TokenizeFacts:
+    """What was measured.
+
+    Raises:
+        UserError: nothing is left for training.
+    """
+    val_tokens = config.val_tokens or config.shard_tokens
     total = sum(shard.tokens for shard in whole)
     if total <= val_tokens:
         raise UserError(
             f"the corpus has {total:,} tokens and the validation shard alone takes {val_tokens:,} "
             f"(tokenize.val_tokens), which leaves nothing to train on: give more text or lower tokenize.val_tokens"
         )
-    entries = tuple(ShardEntry(path=s.path, split=split_of(s.path), tokens=s.tokens) for s in whole)
-    facts = TokenizeFacts(
+    return TokenizeFacts(
         tokenizer=config.tokenizer,
-        backend=encoder.name,
+        backend=backend,
         documents=sum(shard.documents for shard in whole),
         train_tokens=total - val_tokens,
         val_tokens=val_tokens,
-        shards=entries,
+        shards=tuple(ShardEntry(path=s.path, split=split_of(s.path), tokens=s.tokens) for s in whole),
         skipped=(*unreadable, *(entry for shard in whole for entry in shard.skipped)),
     )
-    manifest = stage.finish([s.path for s in whole], facts, sha256={s.path: s.sha256 for s in whole})
-    (stage.path / PROGRESS).unlink(missing_ok=True)
-    return manifest
 
 
 def plan_of(units: Sequence[Unit], config: TokenizeConfig) -> str:
@@ -96,8 +135,17 @@ def plan_of(units: Sequence[Unit], config: TokenizeConfig) -> str:
 def encoded(
     stage: StageDir, units: Sequence[Unit], reading: Reading, encoder: Encoder, first: int
 ) -> Iterator[tuple[int, Encoded]]:
-    """(index of the unit, tokens) from unit `first` on, in order, made by as many workers as the runtime says."""
-    wanted, backend = stage.runtime.tokenize_workers, stage.runtime.tokenize_backend
+    """(index of the unit, tokens) from unit `first` on, in order, made by the cluster or as many workers as the runtime
+    says."""
+    runtime = stage.runtime
+    if runtime.cluster is not None:
+        from gpt2.cluster import connect, encoded_on
+
+        with connect(runtime.cluster) as client:
+            parts = runtime.cluster_parts or str(stage.path / "parts")
+            yield from encoded_on(client, units, reading, runtime.tokenize_backend, first, parts)
+        return
+    wanted, backend = runtime.tokenize_workers, runtime.tokenize_backend
     workers = max(1, min(cpu_count() if wanted == "auto" else wanted, len(units) - first))
     # Threads are enough for an encoder that lets go of the interpreter's lock, fed from Arrow's buffers.
     if workers == 1 or (encoder.threads and all(unit.kind == "parquet" for unit in units)):
@@ -121,18 +169,18 @@ def expected_tokens(units: Sequence[Unit], reading: Reading, encoder: Encoder) -
     return sum(unit.size for unit in units) * tokens // max(consumed, 1)
 
 
-def check_space(directory: Path, expected: int, written: int) -> None:
+def check_space(folder: Folder, expected: int, written: int) -> None:
     """Say what the shards will take, and refuse to start where it is not there.
 
     Raises:
         UserError: with what is needed and what is free.
     """
-    need = max(0, expected - written) * TOKEN.itemsize
-    free = shutil.disk_usage(directory).free
-    print(f"tokenize: about {expected:,} tokens, {_size(need)} of shards to write, {_size(free)} free", flush=True)
-    if need > free:
+    need, free = max(0, expected - written) * TOKEN.itemsize, folder.free()
+    room = "" if free is None else f", {_size(free)} free"
+    print(f"tokenize: about {expected:,} tokens, {_size(need)} of shards to write{room}", flush=True)
+    if free is not None and need > free:
         raise UserError(
-            f"the shards need about {_size(need)} and {directory} has {_size(free)} free: free {_size(need - free)} "
+            f"the shards need about {_size(need)} and {folder.path} has {_size(free)} free: free {_size(need - free)} "
             f"more or move the store to a larger disk (runtime.store)"
         )
 
@@ -146,9 +194,8 @@ class Reporter:
 
     METRICS_SECONDS, PRINT_SECONDS = 1.0, 5.0
 
-    def __init__(self, stage: StageDir, units: Sequence[Unit], shards: ShardSequence, expected: int) -> None:
-        self._metrics = stage.metrics()
-        self._shards, self._expected = shards, expected
+    def __init__(self, metrics: MetricsWriter | None, units: Sequence[Unit], shards: ShardSequence) -> None:
+        self._metrics, self._shards = metrics, shards
         self._total = sum(unit.size for unit in units)
         self._done = sum(unit.size for unit in units[: shards.start.unit])
         self._before, self._tokens_before = self._done, shards.tokens
@@ -171,16 +218,14 @@ class Reporter:
         rate = (tokens - self._tokens_before) / seconds
         figures = {"tokenize/tokens": tokens, "tokenize/tokens_per_second": round(rate)}
         done = self._total if last else min(self._done, self._total)
-        self._metrics.write(unit, done=done, total=self._total, unit="bytes", **figures)
+        if self._metrics is not None:
+            self._metrics.write(unit, done=done, total=self._total, unit="bytes", **figures)
         if now - self._last_print >= self.PRINT_SECONDS or last:
             self._last_print = now
             left = (self._total - done) * seconds / max(done - self._before, 1)
             ending = f"in {seconds:,.1f} s" if last else f"{left:,.0f} s left"
             sizes = f"{done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB"
             print(f"tokenize: {sizes}, {tokens:,} tokens, {rate / 1e6:,.2f} M tokens/s, {ending}", flush=True)
-
-    def close(self) -> None:
-        self._metrics.close()
 
 
 def adopt(stage: StageDir, config: TokenizeConfig, directory: Path, files: Sequence[str]) -> Manifest:
