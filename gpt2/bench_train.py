@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -100,7 +101,7 @@ def time_steps(run: Callable[[int], Tensor], steps: int, warmup: int) -> list[fl
         run(warmup + i)
         event.record()
     torch.cuda.synchronize()
-    return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    return [a.elapsed_time(b) for a, b in pairwise(events)]
 
 
 def kinds_of_work(run: Callable[[], object]) -> dict[str, float]:
@@ -177,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
     parser.add_argument("--compile", action="store_true", help="with --kernels reference: torch.compile it")
     parser.add_argument("--micro-batch-size", type=int, help="sequences; default: the largest that fits, at most 64")
+    parser.add_argument("--total-batch-size", type=int, help="tokens a step; default: the recipe's")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--check", action="store_true", help="compare the loss with the plain path over 200 steps")
     parser.add_argument("--check-steps", type=int, default=CHECK_STEPS)
@@ -184,9 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
     if arguments.check and arguments.tokens is None:
-        parser.error("--check needs --tokens SHARD.bin, a token shard of real text (python -m gpt2.plan tells where yours lie)")
+        parser.error(
+            "--check needs --tokens SHARD.bin, a token shard of real text (python -m gpt2.plan tells where yours lie)"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = load(arguments.size).train
+    overrides = {"train.total_batch_size": arguments.total_batch_size} if arguments.total_batch_size else {}
+    config = load(arguments.size, overrides).train
     runtime = Runtime(kernels=arguments.kernels, compile=True if arguments.compile else "auto")
     micro = arguments.micro_batch_size or micro_batch_that_fits(config, device)
     figures = speed(config, runtime, device, micro, arguments.steps)
@@ -204,8 +209,12 @@ def main(argv: list[str] | None = None) -> int:
         compared = check(short, runtime, device, arguments.tokens, min(micro, 16))
         show(compared)
         figures |= compared
-        passed = abs(compared["mean difference"]) < CHECK_LIMIT and abs(compared["mean of the last quarter"]) < CHECK_LIMIT
-        print("the loss curve is the plain path's" if passed else f"the loss curve moved by more than {CHECK_LIMIT} nats")
+        passed = (
+            abs(compared["mean difference"]) < CHECK_LIMIT and abs(compared["mean of the last quarter"]) < CHECK_LIMIT
+        )
+        print(
+            "the loss curve is the plain path's" if passed else f"the loss curve moved by more than {CHECK_LIMIT} nats"
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2))
     return 0 if passed else 1

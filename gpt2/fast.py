@@ -29,16 +29,16 @@ EVAL_CHUNK = 16_384
 
 
 class _Embed(torch.autograd.Function):
-    """Token and position embeddings. The last in the backward pass, it also hands over the head's part of wte's gradient."""
+    """Token and position embeddings. Last in the backward pass, it hands over the head's part of wte's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, owner: FastGPT, idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, owner: FastGPT, idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
         ctx.owner = owner
         ctx.save_for_backward(idx)
         return embedding.forward(idx, wte, wpe, owner.dtype)
 
     @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         (idx,) = ctx.saved_tensors
         dwte, ctx.owner.dwte = ctx.owner.dwte, None
         ctx.owner.engine.passing = None
@@ -53,7 +53,7 @@ class _Head(torch.autograd.Function):
     """The last LayerNorm, the tied head and the mean cross-entropy."""
 
     @staticmethod
-    def forward(ctx: Any, owner: FastGPT, x: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, owner: FastGPT, x: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         h, mean, rstd = layer_norm.forward(x, owner.ln_f.weight, owner.ln_f.bias, LAYER_NORM_EPS)
         logits = owner.engine.linear.forward(h, owner.wte_copy)  # (N, V padded)
         scored = (targets != IGNORE).sum().to(torch.promote_types(x.dtype, torch.float32)).clamp_min(1)
@@ -63,7 +63,7 @@ class _Head(torch.autograd.Function):
         return losses.sum() / scored
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         owner, (x, h, mean, rstd) = ctx.owner, ctx.saved_tensors
         dlogits, ctx.dlogits = ctx.dlogits, None
         owner.dwte, holds = take(owner.wte)
@@ -85,17 +85,27 @@ class FastGPT(nn.Module):
     """
 
     def __init__(
-        self, model: GPT, products: linear.Linear, recompute: Recompute | None = None, dtype: torch.dtype = torch.bfloat16
+        self,
+        model: GPT,
+        products: linear.Linear,
+        recompute: Recompute | None = None,
+        dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
         self.model, self.config, self.dtype = model, model.config, dtype
-        self.wte, self.wpe, self.ln_f = model.transformer.wte.weight, model.transformer.wpe.weight, model.transformer.ln_f
+        self.wte, self.wpe, self.ln_f = (
+            model.transformer.wte.weight,
+            model.transformer.wpe.weight,
+            model.transformer.ln_f,
+        )
         self.dwte: Tensor | None = None  # wte's gradient on its way from the head to the embedding
         self._products, self._recompute = products, recompute
         self._engine: Engine | None = None
         self._versions: list[int] = []
         vectors = (".ln_", "ln_f", "wpe")  # read as they are
-        self._masters = [p for name, p in model.named_parameters() if not any(part in name for part in vectors)]
+        self._masters: list[Tensor] = [
+            p for name, p in model.named_parameters() if not any(part in name for part in vectors)
+        ]
         self._copies = [p.detach() if p.dtype == dtype else torch.empty_like(p, dtype=dtype) for p in self._masters]
         copies = dict(zip(self._masters, self._copies, strict=True))
         self.wte_copy = copies[self.wte]
@@ -162,8 +172,8 @@ class FastGPT(nn.Module):
 
 
 def activation_bytes(config: ModelConfig, tokens: int, recompute: Recompute = "none") -> int:
-    """Memory of one micro-batch of so many tokens, beside the parameters and what belongs to them: what the blocks keep,
-    the logits, and what one block needs while it runs."""
+    """Memory of one micro-batch, beside the parameters and what belongs to them: what the blocks keep, the logits, and
+    what one block needs while it runs."""
     unit = 2 * tokens * config.n_embd
     blocks = config.n_layer * (UNITS_KEPT[recompute] * unit + tokens * (4 * config.n_head + 16))
     return blocks + 2 * tokens * config.padded_vocab_size + 16 * unit
@@ -185,7 +195,7 @@ class Reference(nn.Module):
 
 
 def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
-    """The fastest path that this machine has: a module (idx (B, T), targets (B, T)) -> mean loss over `model`'s parameters.
+    """The fastest path on this machine: a module (idx (B, T), targets (B, T)) -> mean loss over `model`'s parameters.
 
     FastGPT on a GPU that has bf16 (Ampere and later) and Triton; else the plain path, compiled on a GPU unless
     runtime.compile is false. What stands in the way of the fast one is said once, on stderr.
@@ -221,9 +231,9 @@ def _obstacle(model: GPT, runtime: Runtime, device: torch.device, bf16: bool) ->
         return "the parameters are sharded"
     if not triton_or_none.AVAILABLE:
         return "triton is not installed"
-    capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):
-        return f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}, bf16 needs 8.0"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, bf16 needs 8.0"
     if model.config.n_embd % 8:
         return f"n_embd {model.config.n_embd} is not a multiple of 8"
     try:  # whether Triton finds a compiler and a driver that it can work with

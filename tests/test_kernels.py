@@ -145,9 +145,7 @@ def test_linear(kind: str) -> None:
     close = 6e-3 if GPU else 1e-6 if KERNELS else 1e-12  # interpreted, GELU is computed in fp32
     products = FusedLinear(DEVICE) if kind == "cublaslt" else Linear()
     N, K, M = 512, 64, 192
-    x, weight, bias, dy, residual = (
-        random(*shape, dtype=dtype) for shape in ((N, K), (M, K), (M,), (N, M), (N, M))
-    )
+    x, weight, bias, dy, residual = (random(*shape, dtype=dtype) for shape in ((N, K), (M, K), (M,), (N, M), (N, M)))
     X, W, b, dY, R = (t.double() for t in (x, weight, bias, dy, residual))
     assert_close(products.forward(x, weight), X @ W.T, close)
     assert_close(products.forward(x, weight, bias, residual), X @ W.T + b + R, close)

@@ -1,2 +1,2 @@
-"""The work of a GPT-2 step, one kind of work a module: each with what the GPU runs and a plain torch version of the same
-function, which is what a CPU runs and what the tests hold the GPU's version against."""
+"""The work of a GPT-2 step, one kind a module: each with what the GPU runs and a plain torch version of the same
+function, which a CPU runs."""

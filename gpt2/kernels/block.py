@@ -1,4 +1,4 @@
-"""One transformer block by hand: a forward pass that keeps exactly what the backward pass reads, and that backward pass.
+"""One transformer block by hand: a forward pass that keeps what the backward pass reads, and that backward pass.
 
 The gradients of the parameters are added straight into their `.grad` by the matrix products, in fp32. Autograd is
 handed the finished sums as if they were this pass's gradients (see `take`), so hooks, DDP's among them, see them.
@@ -46,20 +46,20 @@ class Engine:
 class Weights:
     """A block's parameters, and the copies of the matrices and of the biases beside them that the products read."""
 
-    def __init__(self, block: Block, copies: dict[torch.nn.Parameter, Tensor]) -> None:
+    def __init__(self, block: Block, copies: dict[Tensor, Tensor]) -> None:
         self.ln_1, self.ln_2 = block.ln_1, block.ln_2
         layers = (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)
         self.c_attn, self.attn_proj, self.c_fc, self.mlp_proj = (
             (copies.get(layer.weight, layer.weight), copies.get(layer.bias, layer.bias)) for layer in layers
         )
-        self.matrices = [layer.weight for layer in layers]
-        self.vectors = [
+        self.matrices: list[Tensor] = [layer.weight for layer in layers]
+        self.vectors: list[Tensor] = [
             self.ln_1.weight, self.ln_1.bias, layers[0].bias, layers[1].bias,
             self.ln_2.weight, self.ln_2.bias, layers[2].bias, layers[3].bias,
         ]  # fmt: skip
 
 
-def take(parameter: torch.nn.Parameter) -> tuple[Tensor, bool]:
+def take(parameter: Tensor) -> tuple[Tensor, bool]:
     """The buffer to put a parameter's gradient into, and whether it already holds a sum to add to.
 
     `.grad` is taken out of the parameter: handed to autograd by `give`, it is put back without adding or copying.
@@ -74,14 +74,16 @@ def give(total: Tensor) -> Tensor:
     return total.view_as(total)
 
 
-def add_to(parameters: list[torch.nn.Parameter], gradients: list[Tensor]) -> list[Tensor]:
-    """The sums of the parameters' `.grad`, where there is one, and these new gradients; `.grad` is taken as in `take`."""
-    old = [parameter.grad for parameter in parameters]
-    if all(grad is not None for grad in old):
-        torch._foreach_add_(old, gradients)
-        totals = [grad for grad in old if grad is not None]
+def add_to(parameters: list[Tensor], gradients: list[Tensor]) -> list[Tensor]:
+    """The parameters' gradients so far, if there are any, plus these new ones; `.grad` is taken as in `take`."""
+    totals = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if len(totals) == len(gradients):
+        torch._foreach_add_(tuple(totals), tuple(gradients))
     else:
-        totals = [new if grad is None else grad + new for grad, new in zip(old, gradients, strict=True)]
+        totals = [
+            new if parameter.grad is None else parameter.grad + new
+            for parameter, new in zip(parameters, gradients, strict=True)
+        ]
     for parameter in parameters:
         parameter.grad = None
     return [give(total) for total in totals]
@@ -140,7 +142,7 @@ class BlockFunction(torch.autograd.Function):
     """`forward` and `backward` as autograd knows them; the parameters are passed for its graph, not to be read."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Weights, engine: Engine, B: int, *parameters: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, w: Weights, engine: Engine, B: int, *parameters: Tensor) -> Tensor:
         out, kept = forward(x, w, engine, B)
         ctx.w, ctx.engine, ctx.B = w, engine, B
         ctx.save_for_backward(x)
@@ -148,7 +150,7 @@ class BlockFunction(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         kept, ctx.kept = ctx.kept, None  # freed as it is used
         if kept is None:

@@ -1,8 +1,8 @@
 """cuBLASLt through ctypes: matrix products with the epilogues that torch does not offer.
 
-torch ships and loads the library; what it leaves out is GELU with its input kept, GELU's gradient, the gradient of a
-bias summed while the weights' gradient is computed, a residual added on the way out, fp32 sums over bf16 factors, and
-the choice among algorithms by measurement. Constants and structures are those of cublasLt.h, the same in CUDA 12 and 13.
+torch ships and loads the library; what it leaves out is GELU with its input kept, GELU's gradient, a residual added on
+the way out, fp32 sums of bf16 products accumulated in place, and the choice among algorithms by measurement. Constants
+and structures are those of cublasLt.h, the same in CUDA 12 and 13.
 
 All matrices are row-major, as torch has them. cuBLASLt thinks in columns, so it is asked for the transpose:
 row-major D (m, n) = A B is column-major D^T (n, m) = B^T A^T.
@@ -16,11 +16,12 @@ from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, 
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-DEFAULT, BIAS, GELU_AUX_BIAS, DGELU, DGELU_BGRAD, BGRADB = 1, 4, 164, 192, 208, 512  # cublasLtEpilogue_t
+DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192  # cublasLtEpilogue_t
 _COMPUTE_32F, _R_32F, _R_16BF = 68, 0, 14
 _POINTER_MODE, _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD, _BIAS_TYPE = 2, 3, 4, 7, 8, 11, 12, 26
 _MAX_WORKSPACE = 1  # of cublasLtMatmulPreferenceAttributes_t
@@ -106,9 +107,7 @@ class CublasLt:
             out: (m, n) contiguous, bf16 or fp32.
             add: (m, n), of out's type; may be `out` itself, which is then accumulated into.
             scale: one fp32 element on the device.
-            epilogue: BIAS, GELU_AUX_BIAS (writes the sum with the bias to `aux`), DGELU(_BGRAD) (`aux` is that sum),
-                BGRADB (with trans_a: the sum of a's rows goes to `bias`).
-            bias: read or, in the BGRAD kinds, written.
+            epilogue: BIAS, GELU_AUX_BIAS (also writes the sum with the bias to `aux`) or DGELU (`aux` is that sum).
 
         Raises:
             CublasLtError: the library has no algorithm for this.
@@ -126,7 +125,7 @@ class CublasLt:
         self._launch(plan, a, b, out, add, scale)
         return out
 
-    def _set(self, desc: c_void_p, attribute: int, value: ctypes._SimpleCData) -> None:  # type: ignore[type-arg]
+    def _set(self, desc: c_void_p, attribute: int, value: ctypes._SimpleCData[Any]) -> None:
         status = self._lib.cublasLtMatmulDescSetAttribute(desc, attribute, byref(value), c_size_t(ctypes.sizeof(value)))
         _check(status, f"cublasLtMatmulDescSetAttribute({attribute})")
 
@@ -179,9 +178,9 @@ class CublasLt:
 
         return fastest(plans, run)
 
-    def _launch(
-        self, plan: _Plan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None
-    ) -> None:
+    def _launch(self, plan: _Plan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None) -> None:
+        alpha: Any
+        beta: Any
         if scale is None:
             alpha, beta = byref(c_float(1.0)), byref(c_float(add is not None))
         else:

@@ -1,5 +1,8 @@
 """Token plus position embeddings out of fp32 masters, and the gradient added into fp32."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the arguments of Triton kernels are pointers and numbers of its own)
+
 from __future__ import annotations
 
 import torch
@@ -37,7 +40,7 @@ def backward_(dx: Tensor, idx: Tensor, dwte: Tensor, dwpe: Tensor) -> None:
 
 
 @triton.jit
-def _embedding_forward(idx, wte, wpe, out, T, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _embedding_forward(idx, wte, wpe, out, T, C: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     token = tl.load(idx + row)
@@ -46,7 +49,7 @@ def _embedding_forward(idx, wte, wpe, out, T, C: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def _embedding_backward(dx, idx, dwte, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _embedding_backward(dx, idx, dwte, C: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     token = tl.load(idx + row)

@@ -1,5 +1,8 @@
 """GELU in GPT-2's tanh form, and its gradient: 0.5 u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3)))."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the arguments of Triton kernels are pointers and numbers of its own)
+
 from __future__ import annotations
 
 import torch
@@ -29,20 +32,20 @@ def backward(da: Tensor, u: Tensor) -> Tensor:
 
 
 @triton.jit
-def _tanh_of_inner(u):  # type: ignore[no-untyped-def]
+def _tanh_of_inner(u):
     inner = 0.7978845608028654 * u * (1.0 + 0.044715 * u * u)
     return 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0  # exp overflows to inf at the far left, which gives -1
 
 
 @triton.jit
-def _gelu_forward(u, out, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gelu_forward(u, out, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(u + at, mask=at < n, other=0.0).to(tl.float32)
     tl.store(out + at, (0.5 * x * (1.0 + _tanh_of_inner(x))).to(out.dtype.element_ty), mask=at < n)
 
 
 @triton.jit
-def _gelu_backward(da, u, n, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gelu_backward(da, u, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(u + at, mask=at < n, other=0.0).to(tl.float32)
     d = tl.load(da + at, mask=at < n, other=0.0).to(tl.float32)

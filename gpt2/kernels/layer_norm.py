@@ -3,6 +3,9 @@
 The backward pass adds the gradient that passes the LayerNorm by (the residual), so that one pass over memory does both.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
+# (the arguments of Triton kernels are pointers and numbers of its own)
+
 from __future__ import annotations
 
 import torch
@@ -86,7 +89,7 @@ def _programs(device: torch.device) -> int:
 
 
 @triton.jit
-def _layer_norm_forward(x, weight, bias, y, mean, rstd, eps, C: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _layer_norm_forward(x, weight, bias, y, mean, rstd, eps, C: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
@@ -102,7 +105,22 @@ def _layer_norm_forward(x, weight, bias, y, mean, rstd, eps, C: tl.constexpr, BL
 
 
 @triton.jit
-def _layer_norm_backward(dy, residual, x, mean, rstd, weight, scale, dx, partial, N, C: tl.constexpr, BLOCK: tl.constexpr, RESIDUAL: tl.constexpr, SCALE: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E501
+def _layer_norm_backward(
+    dy,
+    residual,
+    x,
+    mean,
+    rstd,
+    weight,
+    scale,
+    dx,
+    partial,
+    N,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    SCALE: tl.constexpr,
+):
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
