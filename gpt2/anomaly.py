@@ -41,20 +41,27 @@ class Anomalies:
     and -sg.
 
     Args:
-        losses, grad_norms: the last values of the run so far, at most a window of each.
+        keep: how many finite losses and gradient norms are remembered, at least a window.
     """
 
-    def __init__(self, config: AnomalyConfig, losses: Sequence[float] = (), grad_norms: Sequence[float] = ()) -> None:
+    def __init__(self, config: AnomalyConfig, keep: int = 0) -> None:
         self.config = config
-        self.losses = deque(losses, maxlen=config.window)
-        self.grad_norms = deque(grad_norms, maxlen=config.window)
+        self.losses: deque[float] = deque(maxlen=max(keep, config.window))
+        self.grad_norms: deque[float] = deque(maxlen=max(keep, config.window))
+
+    def remember(self, losses: Sequence[float], grad_norms: Sequence[float]) -> None:
+        """Take over the memory of a run that was interrupted, or gone back in."""
+        self.losses.clear()
+        self.grad_norms.clear()
+        self.losses.extend(losses)
+        self.grad_norms.extend(grad_norms)
 
     def judge(self, loss: float, grad_norm: float) -> Verdict:
         """Look at one step and remember it."""
         for value in (loss, grad_norm):
             if not math.isfinite(value):
                 return Verdict(self.config.on_nonfinite, "not finite", value)
-        full = len(self.losses) == self.config.window
+        full = len(self.losses) >= self.config.window
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
         if full and self.config.on_spike != "ignore":
@@ -62,6 +69,6 @@ class Anomalies:
                 ("loss spike", loss, self.losses, self.config.loss_z),
                 ("gradient spike", grad_norm, self.grad_norms, self.config.grad_z),
             ):
-                if (z := z_score(tuple(window))) > limit:
+                if (z := z_score(tuple(window)[-self.config.window :])) > limit:
                     return Verdict(self.config.on_spike, kind, value, z)
         return Verdict("go on")

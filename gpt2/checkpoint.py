@@ -209,9 +209,15 @@ class Checkpoints:
         self.root, self.model, self.config = root, model, config
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        root.mkdir(parents=True, exist_ok=True)
-        for left in root.glob(".step_*.tmp*"):  # of a killed process
+
+    def clean(self) -> None:
+        """Remove what a killed process left half-written."""
+        for left in self.root.glob(".step_*.tmp*"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def newest_step(self) -> int | None:
+        folders = checkpoints(self.root)
+        return _step(folders[-1]) if folders else None
 
     def save(self, snapshot: Snapshot) -> None:
         """Begin to write; the snapshot must not change until the next `wait`.

@@ -40,6 +40,10 @@ class World:
         """Each number summed over the processes, in float64."""
         return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
+    def each(self, value: float) -> list[float]:
+        """The number that every process gives, by rank."""
+        return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.size)))
+
     def broadcast(self, tensor: Tensor) -> Tensor:
         """Rank 0's values on every process, in place; the same tensor."""
         if self.size > 1:
@@ -76,6 +80,15 @@ class World:
         except RuntimeError:
             return True  # torchrun is gone, so all is over
 
+    def first_to_say(self, key: str) -> bool:
+        """Leave word under `key`; whether no other process had."""
+        if self.store is None:
+            return True
+        try:
+            return self.store.add(f"gpt2/{key}", 1) == 1
+        except RuntimeError:
+            return False  # torchrun is gone: it is ending all of us
+
     def wait_for(self, key: str) -> str:
         """What rank 0 says under `key`, however long that takes."""
         assert self.store is not None
@@ -106,6 +119,7 @@ def locate(device: str | None = None) -> World:
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives the same bits each time only with it
     place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(place)

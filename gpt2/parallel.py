@@ -2,7 +2,7 @@
 
 `Replicas`: every process holds all weights, and gradients are summed over the processes (data parallel); with zero1
 the optimizer state is dealt out, tensor by tensor (Rajbhandari et al., arXiv:1910.02054, stage 1).
-`Shards`: every tensor is cut up over the processes (FSDP2).
+`gpt2.fsdp.Shards`: every tensor is cut up over the processes.
 
 Both give and take checkpoints as whole tensors under the parameters' names, so one may continue the other, on any
 number of processes. Losses come weighted, so that their sum over all micro-steps and processes is the mean over the
@@ -12,14 +12,12 @@ step's tokens, and gradients are summed, never averaged.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 
 from gpt2.config import OptimConfig
 from gpt2.distributed import World
@@ -92,7 +90,11 @@ class Buckets:
         torch._foreach_zero_(self._flat)
 
     def _ready(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, nn.Parameter)
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        view = self._views[parameter]
+        if parameter.grad.data_ptr() != view.data_ptr():  # somebody put another tensor there
+            view.copy_(parameter.grad)
+            parameter.grad = view
         if self.summing:
             self._missing[self._bucket[parameter]] -= 1
             # strictly in order: the processes must agree on which sum is which
@@ -161,7 +163,9 @@ class Replicas:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         if self.owner is not None and self.world.size > 1:
-            pending = [dist.broadcast(p.data, src=self.owner[name], async_op=True) for name, p in self.names.items()]
+            pending = [
+                dist.broadcast(p.detach(), src=self.owner[name], async_op=True) for name, p in self.names.items()
+            ]
             for work in pending:
                 assert work is not None
                 work.wait()
@@ -197,10 +201,10 @@ class Replicas:
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in self.names.items():
-            parameter.copy_(_from_main(tensors, name, parameter.shape, self.world))
+            parameter.copy_(from_main(tensors, name, parameter.shape, self.world))
             for key in MOMENTS:
                 shape = torch.Size() if key == "step" else parameter.shape
-                value = _from_main(tensors, f"{name}/{key}", shape, self.world)
+                value = from_main(tensors, f"{name}/{key}", shape, self.world)
                 if parameter in self.optimizer.state:
                     self.optimizer.state[parameter][key].copy_(value)
 
@@ -208,81 +212,6 @@ class Replicas:
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _from_main(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, world: World) -> Tensor:
+def from_main(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, world: World) -> Tensor:
     there = tensors[name].to(world.device) if world.is_main else torch.empty(shape, device=world.device)
     return world.broadcast(there)
-
-
-# ------------------------------------------------------------------------------------------------------------- shards
-
-
-class Shards:
-    """FSDP2: weights are gathered block by block when they are needed, in bf16 where that is the precision."""
-
-    def __init__(self, model: GPT, config: OptimConfig, world: World, *, bf16: bool) -> None:
-        self.model, self.world = model, world
-        mesh = init_device_mesh(world.device.type, (world.size,))
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-        for module in (*model.blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
-        register_fsdp_forward_method(model, "hidden")
-        self.parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-        self.names = dict(model.named_parameters())
-        self.optimizer = build_optimizer(self.names.values(), config)
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        # FSDP averages over the processes. It reduces after every micro-step: whole gradients are what does not fit.
-        (loss * self.world.size).backward()
-
-    def clip(self, max_norm: float | None) -> Tensor:
-        gradients = [p.grad for p in self.names.values() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        if max_norm is not None:
-            nn.utils.clip_grads_with_norm_(list(self.names.values()), max_norm, norm)
-        return norm
-
-    def step(self, lr: float) -> None:
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-
-    def clear(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
-    @contextmanager
-    def whole(self) -> Iterator[GPT]:
-        for part in self.parts:
-            part.set_reshard_after_forward(False)
-            part.unshard()
-        try:
-            yield self.model
-        finally:
-            for part in self.parts:
-                part.reshard()
-                part.set_reshard_after_forward(part is not self.model)
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for name, parameter in self.names.items():
-            yield name, _full(parameter.detach())
-        for name, parameter in self.names.items():
-            for key in MOMENTS:
-                yield f"{name}/{key}", _full(self.optimizer.state[parameter][key])
-
-    @torch.no_grad()
-    def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.names.items():
-            _scatter(parameter, _from_main(tensors, name, parameter.shape, self.world))
-            for key in MOMENTS:
-                state = self.optimizer.state[parameter][key]
-                _scatter(state, _from_main(tensors, f"{name}/{key}", state.shape, self.world))
-
-
-def _full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _scatter(target: Tensor, full: Tensor) -> None:
-    """Copy this process's part of a tensor that every process holds."""
-    if isinstance(target, DTensor):
-        full = distribute_tensor(full, target.device_mesh, target.placements, src_data_rank=None)
-    target.copy_(full)

@@ -1,0 +1,368 @@
+"""One training run: what the loop in gpt2.train works with, and the run's way to disk and back."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gpt2.anomaly import Anomalies, Verdict
+from gpt2.checkpoint import Checkpoints, Snapshot, TrainState, latest, write_checkpoint
+from gpt2.config import Runtime, TrainConfig
+from gpt2.distributed import World
+from gpt2.errors import UserError
+from gpt2.fast import accelerate
+from gpt2.flops import mfu
+from gpt2.interruption import Interrupted, Interruption
+from gpt2.loader import Loader, Prefetcher, places, write_aligned_starts
+from gpt2.manifest import TokenizeFacts
+from gpt2.memory import candidates, choose, free_bytes, largest_that_fits
+from gpt2.model import GPT
+from gpt2.parallel import MOMENTS, LossFn, Parallel, Replicas
+from gpt2.records import Records
+from gpt2.stage import StageDir
+from gpt2.weights import load_hf
+
+CHECKPOINTS, ALIGNED_STARTS = "checkpoints", "aligned_starts.npy"
+
+
+@dataclass
+class Progress:
+    """Where the run stands; the same fields as in TrainState."""
+
+    step: int = 0
+    evaluated: bool = False
+    passed_over: int = 0
+    skips: int = 0
+    train_seconds: float = 0.0
+    total_seconds: float = 0.0
+    """up to the beginning of this session"""
+
+
+def is_due(config: TrainConfig, step: int, every: int) -> bool:
+    return step % every == 0 or step == config.max_steps
+
+
+def evaluation_due(config: TrainConfig, step: int) -> bool:
+    """Whether validation, the benchmark or samples are due after `step` optimizer steps."""
+    return any(is_due(config, step, every) for every in (config.val.every, config.benchmark_every, config.sample.every))
+
+
+class Job:
+    """Everything about one run, on one process. All processes make it alike; rank 0 alone writes.
+
+    Raises:
+        UserError: data, memory or numbers that do not fit the configuration, or no usable checkpoint.
+    """
+
+    def __init__(self, directory: StageDir, world: World) -> None:
+        self.directory, self.world = directory, world
+        self.began = time.monotonic()
+        self.config = config = directory.config(TrainConfig)
+        self.records = Records(directory.path, config.max_steps, active=world.is_main)
+        self.interruption = Interruption(world, self._slow)
+        shards = directory.input("shards")
+        entries = shards.facts(TokenizeFacts).shards
+        self.val_shards = [shards.path / entry.path for entry in entries if entry.split == "val"]
+        self.benchmark = directory.input("benchmark").path if config.benchmark else None
+        loader = self._loader([shards.path / entry.path for entry in entries if entry.split == "train"])
+
+        self.runtime, lines = choose(config, directory.runtime, world, free_bytes(world))
+        for line in lines:
+            self.records.say(line)
+        self.parallel, self.loss_fn = build(config, self.runtime, world)
+        self.anomalies = Anomalies(config.anomalies, keep=max(1, config.max_steps // 100))
+        self.checkpoints = Checkpoints(directory.path / CHECKPOINTS, config.model, config.checkpoint)
+        self.progress = Progress()
+        self._host: dict[str, Tensor] = {}
+        self._held: Snapshot | None = None
+        self._saved_step = -1
+        self._recent: list[float] = []
+        self.restore()
+        self._settle_micro_batch(directory.runtime)
+        parts = places(config.sequences_per_step, world.size, self.micro_batch_size, world.rank)
+        self.data = Prefetcher(loader, parts, world.device)
+
+    def close(self) -> None:
+        self.data.close()
+        self.interruption.close()
+
+    @property
+    def micro_batch_size(self) -> int:
+        assert self.runtime.micro_batch_size != "auto"
+        return self.runtime.micro_batch_size
+
+    @property
+    def precision(self) -> str:
+        return self.runtime.precision
+
+    def _loader(self, shards: list[Path]) -> Loader:
+        config, starts = self.config, None
+        if config.align_documents:
+            starts = self.directory.path / ALIGNED_STARTS
+            if self.world.is_main:
+                write_aligned_starts(shards, config.model.block_size, starts)
+            self.world.barrier()
+        loader = Loader(
+            shards, config.model.block_size, config.sequences_per_step, config.seed, config.model.vocab_size,
+            shuffle=config.shuffle, starts=starts,
+        )  # fmt: skip
+        if starts is not None:
+            share = loader.n_sequences * config.model.block_size / len(loader.stream)
+            self.records.say(f"sequences that begin at a document's start hold {share:.1%} of the tokens")
+        return loader
+
+    def _settle_micro_batch(self, asked: Runtime) -> None:
+        """On a GPU, try what was only estimated: the largest micro-batch whose forward and backward pass go through."""
+        if asked.micro_batch_size != "auto" or self.world.device.type != "cuda" or self.runtime.sharding == "fsdp":
+            return  # fsdp: a process that runs out of memory alone would leave the others waiting
+        config = self.config
+
+        def attempt(micro: int) -> None:
+            tokens = torch.randint(config.model.vocab_size, (micro, config.model.block_size), device=self.world.device)
+            try:
+                self.parallel.backward(self.loss_fn(tokens, tokens), last=False)
+            finally:
+                self.parallel.clear()
+
+        tried = candidates(-(-config.sequences_per_step // self.world.size), self.micro_batch_size)
+        micro = largest_that_fits(tried, attempt, self.world)
+        self.runtime = self.runtime.model_copy(update={"micro_batch_size": micro})
+        self.records.say(f"memory: micro-batch of {micro} x {config.model.block_size:,} tokens")
+
+    # --------------------------------------------------------------------------------------- to disk and back
+
+    def restore(self) -> None:
+        """Put weights, moments, progress and records where the newest good checkpoint has them, or at the start."""
+        found = None
+        if self.world.is_main:
+            self.checkpoints.wait()
+            self.checkpoints.clean()
+            found = latest(self.checkpoints.root, self.config.model, self.records.say) or fresh(self.config)
+            self.checkpoints.forget_after(found.state.step)
+        state = TrainState.model_validate(
+            self.world.broadcast_json(found.state.model_dump(mode="json") if found else None)
+        )
+        self.parallel.restore(found.tensors if found else {})
+        self.progress = Progress(**{name: getattr(state, name) for name in asdict(self.progress)})
+        self.anomalies.remember(state.losses, state.grad_norms)
+        self.records.go_back_to(state.step, state.evaluated)
+        self._saved_step = state.step if state.files else -1
+        self._held = None
+        if state.files:
+            self.records.say(f"resuming after step {state.step:,} of {self.config.max_steps:,}")
+
+    def _state(self) -> TrainState:
+        fields = asdict(self.progress) | {"total_seconds": self.total_seconds()}
+        return TrainState(**fields, losses=tuple(self.anomalies.losses), grad_norms=tuple(self.anomalies.grad_norms))
+
+    def total_seconds(self) -> float:
+        """Of all sessions."""
+        return self.progress.total_seconds + time.monotonic() - self.began
+
+    def _snapshot(self) -> Snapshot:
+        """Copy everything into this machine's memory (rank 0 alone has it then). Every process must call it."""
+        if self._held is not None and self._held.state.step == self.progress.step:
+            return Snapshot(self._state(), self._held.tensors)
+        self.checkpoints.wait()  # it may still be writing from the same memory
+        on_gpu = self.world.device.type == "cuda"
+        for name, tensor in self.parallel.tensors():
+            if self.world.is_main:
+                if name not in self._host:
+                    self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_gpu)
+                self._host[name].copy_(tensor, non_blocking=True)
+        if on_gpu:
+            torch.cuda.synchronize(self.world.device)
+        self._held = Snapshot(self._state(), self._host)
+        return self._held
+
+    def hold(self) -> None:
+        """Be ready to be interrupted for as long as the weights do not change. Every process must call it."""
+        snapshot = self._snapshot()
+        self.interruption.saving_with(lambda: self._write_now(snapshot))
+
+    def _write_now(self, snapshot: Snapshot) -> None:
+        self.checkpoints.wait()
+        if self.checkpoints.newest_step() != snapshot.state.step:
+            self.records.sync()
+            write_checkpoint(self.checkpoints.root, snapshot, self.config.model)
+
+    def save_if_due(self) -> None:
+        """Begin to write a checkpoint if this step is to have one. Every process must call it."""
+        step = self.progress.step
+        if step and step != self._saved_step and is_due(self.config, step, self.config.checkpoint.every):
+            self._save()
+            self.interruption.saving_with(self.checkpoints.wait)
+
+    def _save(self) -> None:
+        snapshot = self._snapshot()
+        if self.world.is_main:
+            self.records.sync()
+            self.checkpoints.save(snapshot)
+        self._saved_step = snapshot.state.step
+
+    def save_and_leave(self, signal_number: int) -> None:
+        """End after a signal, with everything on disk. Every process must call it.
+
+        Raises:
+            Interrupted: always.
+        """
+        if self._saved_step != self.progress.step:
+            self._save()
+        self.checkpoints.wait()
+        self.world.barrier()  # whoever ends first makes torchrun end the others
+        raise Interrupted(signal_number)
+
+    # ------------------------------------------------------------------------------------------- about one step
+
+    def agree(self, loss: Tensor, grad_norm: Tensor) -> tuple[float, float, int]:
+        """What all processes decide alike from: this step's loss and gradient norm, and the signal that came, or 0."""
+        size = self.world.size
+        own = torch.stack([loss.double(), grad_norm.double() / size]).to(self.world.device)
+        signal_number = torch.tensor([float(self.interruption.requested or 0)], dtype=torch.float64)
+        told = self.world.all_reduce(torch.cat([own, signal_number.to(self.world.device)])).tolist()
+        self.interruption.saving_with(None)  # all are here, so nobody is evaluating any more; now the weights change
+        came = self.interruption.requested or (15 if told[2] else 0)
+        return told[0], told[1], came if told[2] else 0
+
+    def judge(self, loss: float, grad_norm: float) -> Verdict:
+        """Look at the step that is about to change the weights, and write down what is wrong with it."""
+        step, limit = self.progress.step, self.config.anomalies.max_skips
+        verdict = self.anomalies.judge(loss, grad_norm)
+        if verdict.action == "go on":
+            return verdict
+        if verdict.action in ("skip", "rollback"):
+            self.progress.skips += 1
+            if self.progress.skips > limit:
+                verdict = verdict._replace(action="stop")
+        self.records.say(f"warning: step {step + 1:,}: {verdict}: {verdict.action}")
+        if verdict.action != "rollback":
+            self._write_anomaly(step + 1, verdict)
+        return verdict
+
+    def _write_anomaly(self, step: int, verdict: Verdict, **more: int) -> None:
+        value = verdict.value if verdict.value == verdict.value and abs(verdict.value) != float("inf") else None
+        self.records.anomaly(step, kind=verdict.kind, action=verdict.action, value=value, z=verdict.z, **more)
+
+    def stop(self, verdict: Verdict) -> None:
+        """Keep the weights of before this step, and end. Every process must call it.
+
+        Raises:
+            UserError: always.
+        """
+        if self._saved_step != self.progress.step:
+            self._save()
+        self.checkpoints.wait()
+        self.world.barrier()
+        raise UserError(
+            f"step {self.progress.step + 1:,}: {verdict}; {self.progress.skips} steps skipped or gone back so far, "
+            f"{self.config.anomalies.max_skips} allowed. The checkpoints are kept. To pass over such data set "
+            f"train.anomalies.on_nonfinite=rollback or on_spike=rollback (a new run; it can begin from "
+            f"{self.directory.path / CHECKPOINTS} if that folder is copied into its directory)"
+        )
+
+    def roll_back(self, verdict: Verdict) -> None:
+        """Return to the last checkpoint, and pass over the data from there to this step's."""
+        seen_at, skips = self.progress.step, self.progress.skips
+        self.parallel.clear()
+        self.restore()
+        self.progress.passed_over += seen_at - self.progress.step + 1
+        self.progress.skips = skips
+        self._write_anomaly(self.progress.step, verdict, seen_at=seen_at + 1, passed_over=self.progress.passed_over)
+
+    def advance(self, seconds: float, **metrics: float) -> None:
+        """The step is done: count it, and write its line if one is due."""
+        now, config = self.progress, self.config
+        now.step += 1
+        now.evaluated = not evaluation_due(config, now.step)
+        now.train_seconds += seconds
+        self._recent.append(seconds)
+        self.checkpoints.check()
+        if not (is_due(config, now.step, self.runtime.log_every) or now.step == 1):
+            return
+        step_seconds = sum(self._recent) / len(self._recent)
+        self._recent = []
+        rate = config.total_batch_size / step_seconds
+        self.records.metrics(
+            now.step,
+            **metrics,
+            **{
+                "train/tokens": now.step * config.total_batch_size,
+                "train/tokens_per_second": rate,
+                "train/step_ms": step_seconds * 1e3,
+                "train/mfu": mfu(config.model, rate, device_name(self.world), self.world.size),
+            },
+        )
+        self.records.say(
+            f"step {now.step:,}/{config.max_steps:,}  loss {metrics['train/loss']:.4f}  "
+            f"lr {metrics['train/lr']:.2e}  norm {metrics['train/grad_norm']:.3f}  "
+            f"{step_seconds * 1e3:,.0f} ms  {rate:,.0f} tokens/s"
+        )
+
+    def _slow(self, text: str) -> None:
+        print(f"warning: {text}", flush=True)
+        self.records.anomaly(self.progress.step, kind="slow step", action="warn", value=None, z=None)
+
+
+# -------------------------------------------------------------------------------------------------------- beginnings
+
+
+def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:
+    """The model laid out as `runtime` says, its weights still to be filled in, and the function that gives its loss."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    model.checkpoint_blocks = runtime.activation_checkpointing is True
+    if runtime.sharding == "fsdp":
+        return _sharded(model, config, runtime, world)
+    model.to_empty(device=world.device)
+    parallel = Replicas(model, config.optim, world, zero1=runtime.sharding == "zero1")
+    return parallel, accelerate(model, runtime, world.device)
+
+
+def _sharded(model: GPT, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:
+    if config.sequences_per_step % world.size:
+        raise UserError(
+            f"runtime.sharding=fsdp needs the same number of sequences on every process: {config.sequences_per_step} a "
+            f"step do not divide by {world.size}; use another number of processes, or runtime.sharding=zero1"
+        )
+    if runtime.compile:
+        for block in model.blocks:
+            block.compile()
+    from gpt2.fsdp import Shards  # slow to import
+
+    parallel = Shards(model, config.optim, world, bf16=runtime.precision == "bf16")
+
+    def loss_fn(idx: Tensor, targets: Tensor) -> Tensor:
+        loss = model(idx, targets)[1]
+        assert loss is not None
+        return loss
+
+    return parallel, loss_fn
+
+
+def fresh(config: TrainConfig) -> Snapshot:
+    """Step 0: the recipe's initial weights, or those of `init_from`; moments at zero.
+
+    Raises:
+        UserError: init_from holds no weights of this shape.
+    """
+    model = GPT(config.model)
+    if config.init_from is None:
+        model.init_weights(config.seed)
+    else:
+        from gpt2.pretrained import load_init
+
+        load_hf(model, load_init(config.init_from))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, weight in list(tensors.items()):
+        for key in MOMENTS:
+            tensors[f"{name}/{key}"] = torch.zeros(()) if key == "step" else torch.zeros_like(weight)
+    return Snapshot(TrainState(step=0, evaluated=False), tensors)
+
+
+def device_name(world: World) -> str:
+    """Of one process's device, as the driver gives it, or "cpu"."""
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"

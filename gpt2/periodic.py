@@ -1,0 +1,59 @@
+"""What is looked at every so many steps of a training run: validation loss, a benchmark, samples of text."""
+
+from __future__ import annotations
+
+from gpt2.generation import generate
+from gpt2.job import Job, is_due
+from gpt2.model import GPT
+from gpt2.multiple_choice import score_benchmark
+from gpt2.sample import encode_prompt
+from gpt2.tokenizer import EOT, gpt2_encoding
+from gpt2.validation import val_loss
+
+
+def evaluate(job: Job) -> None:
+    """Do what is due after the step that `job` stands at, and write it down. Every process must call it."""
+    config, step = job.config, job.progress.step
+    tokens = {"train/tokens": float(step * config.total_batch_size)}
+    with job.parallel.whole() as model:
+        if is_due(config, step, config.val.every):
+            loss = _val_loss(job, model)
+            job.records.metrics(step, **{"val/loss": loss}, **tokens)
+            job.records.say(f"step {step:,}/{config.max_steps:,}  val loss {loss:.4f}")
+        if step and job.benchmark is not None and is_due(config, step, config.benchmark_every):
+            score = score_benchmark(model, job.benchmark, job.world, precision=job.precision)
+            figures = {f"benchmark/{config.benchmark}/{name}": value for name, value in score.figures().items()}
+            job.records.metrics(step, **figures, **tokens)
+            job.records.say(f"step {step:,}/{config.max_steps:,}  {config.benchmark} {score.figures()}")
+        if step and job.world.is_main and is_due(config, step, config.sample.every):
+            _sample(job, model)
+
+
+def _val_loss(job: Job, model: GPT) -> float:
+    return val_loss(
+        model,
+        job.val_shards,
+        job.config.val.tokens,
+        job.micro_batch_size,
+        job.world,
+        precision=job.precision,
+        hidden=getattr(job.loss_fn, "hidden", None),  # the fast path has one of its own
+    ).loss
+
+
+def _sample(job: Job, model: GPT) -> None:
+    """One text a prompt, with a seed of the step's own, so that a resumed run writes the same."""
+    config = job.config.sample
+    for number, prompt in enumerate(config.prompts):
+        ids = generate(
+            model,
+            encode_prompt(prompt),
+            config.tokens,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            seed=job.config.seed + job.progress.step + number,
+            stop=[EOT],
+        )
+        text = gpt2_encoding().decode([token for token in ids if token != EOT])
+        job.records.sample(job.progress.step, prompt, text)
+        job.records.say(f"step {job.progress.step:,}  {prompt!r} -> {text!r}")
