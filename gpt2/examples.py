@@ -12,6 +12,7 @@ benchmark.json describes them, examples.npz holds them.
 from __future__ import annotations
 
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ Form = Literal["choice", "last_word", "perplexity"]
 
 
 class Sequence(NamedTuple):
-    tokens: list[int]
+    tokens: list[int] | array[int]
     """what comes before the scored end, at least one token, and the end"""
     scored: int
     """how many tokens the end has"""
@@ -108,7 +109,7 @@ def pack(description: Description, examples: Iterable[Example]) -> Examples:
         ValueError: a sequence without a token before its scored end, or another number of examples than the
             description says; both are mistakes of a reader.
     """
-    tokens: list[int] = []
+    tokens = array("H")
     starts, scored, chars, sizes, units = [0], [], [], [], []
     groups, labels = [0], []
     for example in examples:

@@ -114,9 +114,11 @@ class BenchmarkFacts(Section):
     stage: Literal["benchmark"] = "benchmark"
     kind: str
     examples: int
-    chance: float
-    """accuracy of guessing"""
+    chance: float | None
+    """accuracy of guessing; None where there is nothing to guess"""
     origin: str
+    left_out: dict[str, str] = {}
+    """tasks that belong to it and that its data lacks -> why"""
 
 
 class TrainFacts(Section):

@@ -117,7 +117,9 @@ def _segments(examples: Examples, context: int) -> tuple[Segments, NDArray[np.bo
         if part.form == "perplexity":
             piece = windows(starts, scored, context, min(part.stride or context, context))
         else:
-            piece, was_cut[first:last] = cut(starts, scored, context)
+            # nanochat cuts CORE's prompts so that the last token, which only is predicted, fits in too
+            length = context - 1 if examples.description.kind == "core" else context
+            piece, was_cut[first:last] = cut(starts, scored, length)
         pieces.append(piece._replace(sequence=piece.sequence + first))
         need_greedy.append(np.full(len(piece.end), part.form == "last_word"))
     return (

@@ -1,0 +1,76 @@
+"""The benchmark stage: one benchmark, tokenized once, ready to be scored by models.
+
+python -m gpt2.benchmark DIRECTORY
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter
+
+from gpt2.benchmark_config import BenchmarkConfig, Continuation
+from gpt2.benchmarks import READERS, continuation
+from gpt2.benchmarks.prompts import Prepared
+from gpt2.download import origin
+from gpt2.examples import Description, pack, save
+from gpt2.manifest import BenchmarkFacts, TokenizeFacts
+from gpt2.sources import BENCHMARK_FORMATS, fetch, known_sha256
+from gpt2.stage import StageDir, main
+from gpt2.tokenizer import gpt2_encoding
+
+
+def work(stage: StageDir) -> None:
+    """Fetch the benchmark's files, or take held-out text, and write benchmark.json, examples.npz and the manifest."""
+    config = configured(stage)
+    if isinstance(config, Continuation):
+        shards = val_shards(stage.input("shards"))
+        prepared, files = continuation.read(config, shards), []
+        where = f"held-out text of {stage.request.inputs['shards']}"
+        sha256: dict[str, str] = {}
+    else:
+        identity, hints = stage.request.config["source"], stage.request.hints["source"]
+        files = fetch(
+            identity, hints, stage.path, workers=stage.runtime.download_workers, text_formats=BENCHMARK_FORMATS
+        )
+        prepared = READERS[type(config)](config, [stage.path / name for name in files], gpt2_encoding().encode_ordinary)
+        where, sha256 = origin(identity, hints), known_sha256(identity, stage.path)
+    write(stage, config.kind, prepared, where, files, sha256)
+
+
+def write(stage: StageDir, kind: str, prepared: Prepared, where: str, files: list[str], sha256: dict[str, str]) -> None:
+    """The prepared benchmark and the manifest over it and its source files."""
+    description = Description(
+        kind=kind, prompt=prepared.prompt, origin=where, parts=prepared.parts, left_out=prepared.left_out
+    )
+    written = save(pack(description, prepared.examples), stage.path)
+    chances = [part.chance for part in prepared.parts if part.chance is not None]
+    facts = BenchmarkFacts(
+        kind=kind,
+        examples=len(prepared.examples),
+        chance=sum(chances) / len(chances) if chances else None,
+        origin=where,
+        left_out=prepared.left_out,
+    )
+    stage.metrics().write(0, done=facts.examples, total=facts.examples, unit="examples")
+    stage.finish([*files, *written], facts, sha256=sha256)
+    print(f"{facts.kind}: {facts.examples:,} examples from {where}", flush=True)
+
+
+def configured(stage: StageDir) -> BenchmarkConfig:
+    """The stage's configuration. The request holds what a source *is*; the hints what the user wrote."""
+    section: dict[str, Any] = dict(stage.request.config)
+    if "source" in section:
+        section["source"] = stage.request.hints["source"]["source"]
+    return TypeAdapter(BenchmarkConfig).validate_python(section)
+
+
+def val_shards(tokenized: StageDir) -> list[Path]:
+    """Paths of the validation shards of a finished tokenize stage, in order."""
+    facts = tokenized.facts(TokenizeFacts)
+    return [tokenized.path / shard.path for shard in facts.shards if shard.split == "val"]
+
+
+if __name__ == "__main__":
+    main(work)
