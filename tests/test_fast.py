@@ -1,0 +1,252 @@
+"""The hand-written passes against autograd, what they promise to whoever trains through them, and the fallbacks."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from gpt2.bench_train import Loop, check, losses_of, zipf_tokens
+from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
+from gpt2.fast import FastGPT, Reference, accelerate, activation_bytes
+from gpt2.kernels import triton_or_none
+from gpt2.kernels.block import Recompute
+from gpt2.kernels.linear import Linear
+from gpt2.model import GPT
+from gpt2.shards import ShardWriter
+
+CONFIG = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=16, vocab_size=100)
+CPU = torch.device("cpu")
+GPU = torch.cuda.is_available()
+interpreted = pytest.mark.skipif(triton_or_none.INTERPRETED, reason="fp64 needs the plain versions")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    value = int.from_bytes(os.urandom(3), "big")
+    print(f"seed {value}")
+    torch.manual_seed(value)
+    torch.set_num_threads(1)
+    return value
+
+
+def random_model(config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> GPT:
+    """Every parameter drawn, biases and gains too, so that none can be left out unnoticed."""
+    model = GPT(config).to(dtype)
+    model.init_weights(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+        model.transformer.wte.weight[config.vocab_size :] = 0
+    return model
+
+
+def random_batch(config: ModelConfig = CONFIG, B: int = 2, T: int = 12) -> tuple[Tensor, Tensor]:
+    idx, targets = (torch.randint(0, config.vocab_size, (B, T)) for _ in range(2))
+    targets[0, :3] = -1
+    return idx, targets
+
+
+def distance(model: GPT, other: GPT) -> float:
+    """Largest relative error over the parameters' gradients."""
+    errors = [
+        float((p.grad - q.grad).norm() / q.grad.norm())
+        for p, q in zip(model.parameters(), other.parameters(), strict=True)
+        if p.grad is not None and q.grad is not None
+    ]
+    assert len(errors) == len(list(other.parameters()))
+    return max(errors)
+
+
+@interpreted
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+def test_gradients_are_autograds(recompute: Recompute) -> None:
+    """Catches any mistake in the backward pass: a term left out, a gradient added twice or lost over micro-steps."""
+    model = random_model()
+    plain = copy.deepcopy(model)
+    fast = FastGPT(model, Linear(), recompute, torch.float64)
+    for _ in range(3):
+        idx, targets = random_batch()
+        loss, wanted = fast(idx, targets), plain(idx, targets)[1]
+        assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)  # the plain path's softmax is fp32
+        (loss / 3).backward()
+        (wanted / 3).backward()
+    assert distance(model, plain) < 3e-6
+
+
+@interpreted
+def test_losses_without_gradients_are_the_models() -> None:
+    """Catches a forward pass for evaluation that differs from that of training, or that builds a graph."""
+    model = random_model()
+    fast = FastGPT(model, Linear(), dtype=torch.float64)
+    idx, targets = random_batch()
+    wanted = model(idx, targets, "none")[1].detach()
+    got = fast.token_losses(idx, targets)
+    assert not got.requires_grad
+    assert (got - wanted).abs().max() < 1e-5
+    assert torch.allclose(fast.hidden(idx), model.hidden(idx).detach(), atol=1e-10)
+    with torch.no_grad():
+        assert fast(idx, targets).item() == pytest.approx(fast(*random_in_training(fast, idx, targets)).item(), abs=1e-6)
+
+
+def random_in_training(fast: FastGPT, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Trains nothing; leaves a gradient behind, as the middle of a step does."""
+    with torch.enable_grad():
+        fast(idx, targets).backward()
+    return idx, targets
+
+
+@interpreted
+def test_gradients_stay_where_they_lie() -> None:
+    """Catches gradients moved out of a flat buffer that others refer to (that of the sum over processes), and hooks
+    that are not called: then processes would silently train apart."""
+    model = random_model()
+    fast = FastGPT(model, Linear(), dtype=torch.float64)
+    parameters = list(model.parameters())
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64)
+    views = [part.view_as(p) for part, p in zip(flat.split([p.numel() for p in parameters]), parameters, strict=True)]
+    called: list[Tensor] = []
+    for parameter, view in zip(parameters, views, strict=True):
+        parameter.grad = view
+        parameter.register_post_accumulate_grad_hook(called.append)
+    plain = copy.deepcopy(random_model())
+    plain.load_state_dict(model.state_dict())
+    for _ in range(2):
+        idx, targets = random_batch()
+        fast(idx, targets).backward()
+        plain(idx, targets)[1].backward()
+    assert len(called) == 2 * len(parameters)
+    assert all(p.grad is not None and p.grad.data_ptr() == v.data_ptr() for p, v in zip(parameters, views, strict=True))
+    assert distance(model, plain) < 3e-6
+
+
+def new_weights_by_optimizer(model: GPT) -> None:
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+
+
+def new_weights_from_a_checkpoint(model: GPT) -> None:
+    model.load_state_dict(random_model(dtype=torch.float32).state_dict())
+
+
+def new_weights_behind_autograds_back(model: GPT) -> None:
+    for parameter in model.parameters():
+        parameter.data.mul_(1.5)
+
+
+@pytest.mark.parametrize(
+    "change", [new_weights_by_optimizer, new_weights_from_a_checkpoint, new_weights_behind_autograds_back]
+)
+def test_changed_weights_are_seen(change: Callable[[GPT], None]) -> None:
+    """Catches stale copies of the weights: training would go on with those of an earlier step."""
+    model = random_model(dtype=torch.float32)
+    fast = FastGPT(model, Linear(), dtype=torch.bfloat16)
+    idx, targets = random_batch()
+    fast(idx, targets).backward()
+    change(model)
+    model.zero_grad(set_to_none=True)
+    fresh = FastGPT(copy.deepcopy(model), Linear(), dtype=torch.bfloat16)
+    assert fast(idx, targets).item() == fresh(idx, targets).item()
+    assert torch.equal(fast.token_losses(idx, targets), fresh.token_losses(idx, targets))
+
+
+def test_bf16_training_follows_the_plain_path(tmp_path: pytest.TempPathFactory) -> None:
+    """Catches a loss curve that moves: bf16 passes on a CPU, over steps that learn, against fp32."""
+    config = TrainConfig(
+        model=CONFIG, optim=OptimConfig(max_lr=3e-3, warmup_steps=2), total_batch_size=128, max_steps=30
+    )
+    tokens = torch.randint(0, 10, (1000,)).cumsum(0) % 100
+    path = tmp_path / "text_train_000001.bin"  # type: ignore[operator]
+    with ShardWriter(path) as shard:
+        shard.write(tokens.numpy().astype("uint16"))
+    plain = losses_of(config, Runtime(kernels="reference"), CPU, path, 4)
+
+    class Fast(Loop):
+        def __init__(self) -> None:
+            super().__init__(config, Runtime(), CPU, 4)
+            self.loss = FastGPT(self.parallel.model, Linear(), dtype=torch.bfloat16)
+
+    import gpt2.bench_train as bench
+
+    loop = Fast()
+    batches = bench.real_batches(path, config.model, config.sequences_per_step, CPU)
+    fast = [loop.step(step, next(batches)).item() for step in range(config.max_steps)]
+    assert plain[-1] < plain[0] - 0.3
+    difference = sum(b - a for a, b in zip(plain, fast, strict=True)) / len(plain)
+    assert abs(difference) < 0.003
+
+
+def test_on_a_cpu_the_plain_path_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a fallback that is noisy or changes the numbers where there is nothing to fall back from."""
+    model = random_model(dtype=torch.float32)
+    loss = accelerate(model, Runtime(), CPU)
+    assert isinstance(loss, Reference)
+    assert [id(p) for p in loss.parameters()] == [id(p) for p in model.parameters()]
+    batch = random_batch()
+    assert torch.equal(loss(*batch), model(*batch)[1])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sequence_too_long_is_refused() -> None:
+    """Catches positions read past the end of wpe, which a GPU kernel would not notice."""
+    fast = FastGPT(random_model(dtype=torch.float32), Linear())
+    with pytest.raises(ValueError, match=r"17 tokens .* 16"):
+        fast(*random_batch(T=17))
+
+
+def test_activation_bytes_counts_what_is_kept() -> None:
+    """Catches an estimate that sends a run out of memory: measured against the tensors that a forward pass leaves."""
+    model = random_model(dtype=torch.float32)
+    for recompute in ("none", "cheap", "block"):
+        fast = FastGPT(model, Linear(), recompute, torch.float32)  # type: ignore[arg-type]
+        kept = 0
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            fast(*random_batch(B=4, T=16))
+        estimate = activation_bytes(CONFIG, 64, recompute)  # type: ignore[arg-type]
+        assert kept <= 2 * estimate  # fp32 here, bf16 there
+
+
+def test_check_compares_every_step(tmp_path: pytest.TempPathFactory) -> None:
+    """Catches a comparison of a run with itself under another name, or over different tokens: on a CPU both are the
+    plain path, so the difference is exactly nothing, and it is not nothing between different seeds."""
+    config = TrainConfig(model=CONFIG, optim=OptimConfig(max_lr=1e-3, warmup_steps=1), total_batch_size=64, max_steps=4)
+    path = tmp_path / "text_train_000001.bin"  # type: ignore[operator]
+    with ShardWriter(path) as shard:
+        shard.write(torch.randint(0, 100, (500,)).numpy().astype("uint16"))
+    assert check(config, Runtime(), CPU, path, 2)["largest absolute difference"] == 0
+    other = losses_of(config.model_copy(update={"seed": 7}), Runtime(), CPU, path, 2)
+    assert other != losses_of(config, Runtime(), CPU, path, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+@pytest.mark.parametrize("recompute", ["none", "cheap", "block"])
+def test_on_a_gpu_gradients_are_close_to_fp32(recompute: str) -> None:
+    """Catches a kernel that is right alone but is fed the wrong thing; bf16's own error, over three layers, is 1 %."""
+    config = ModelConfig(n_layer=3, n_head=4, n_embd=256, block_size=256)
+    device = torch.device("cuda")
+    model = GPT(config)
+    model.init_weights(1)
+    model.to(device)
+    plain = copy.deepcopy(model)
+    runtime = Runtime(activation_checkpointing={"none": False, "cheap": "auto", "block": True}[recompute])  # type: ignore[arg-type]
+    fast = accelerate(model, runtime, device)
+    assert isinstance(fast, FastGPT)
+    fast._recompute = recompute  # type: ignore[assignment]
+    idx, targets = zipf_tokens(config, 8, device)
+    for part in range(2):
+        rows = slice(4 * part, 4 * part + 4)
+        loss, wanted = fast(idx[rows], targets[rows]), plain(idx[rows], targets[rows])[1]
+        assert loss.item() == pytest.approx(wanted.item(), abs=2e-3)
+        (loss / 2).backward()
+        (wanted / 2).backward()
+    assert distance(model, plain) < 0.03
