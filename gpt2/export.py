@@ -6,7 +6,9 @@
     python -m gpt2.export CHECKPOINT OUT --push user/name      the folder, and then to the Hub; the token is HF_TOKEN
 
 CHECKPOINT is anything that `gpt2.pretrained.resolve` knows, so this also converts OpenAI's GPT-2 to llm.c and back.
-For GGUF, give OUT to llama.cpp's own converter: `python convert_hf_to_gguf.py OUT --outfile model.gguf`.
+
+GGUF comes from llama.cpp's own converter: `python convert_hf_to_gguf.py OUT --outfile model.gguf`. It is in llama.cpp's
+repository and in the source distribution of llama-cpp-python (0.3.36 was tried); the package gguf does not have it.
 """
 
 from __future__ import annotations

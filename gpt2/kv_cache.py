@@ -90,7 +90,7 @@ class CachedReader:
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 self.k[layer][:, :, S - 1] = k[:, :, 0]
                 self.v[layer][:, :, S - 1] = v[:, :, 0]
-                return F.scaled_dot_product_attention(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S])
+                return attend_one(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], None)
 
             x = self._forward(idx, torch.tensor([S - 1], device=device), attend)
             return self._logits(x[:, 0])
@@ -104,7 +104,7 @@ class CachedReader:
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             self.k[layer][at, :, positions] = k[:, :, 0]
             self.v[layer][at, :, positions] = v[:, :, 0]
-            return F.scaled_dot_product_attention(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], attn_mask=mask)
+            return attend_one(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], mask)
 
         return self._logits(self._forward(idx, positions.view(-1, 1), attend)[:, 0])
 
@@ -157,6 +157,20 @@ class _StepGraph:
         self.positions.copy_(torch.tensor(positions))
         self.graph.replay()
         return self.logits
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query a row and head: q (R, nh, 1, hs), k and v (R, nh, S, hs), mask (R, 1, 1, S) or None.
+
+    On a GPU in fp32 as two batched products: torch's kernel for that case gives a head's whole cache to one thread
+    block, 1.41 against 0.19 ms for the 12 layers of GPT-2 124M at 1,024 positions on a H100 (torch 2.11).
+    """
+    if not (q.is_cuda and q.dtype == torch.float32):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    scores = (q @ k.transpose(-1, -2)) * q.size(-1) ** -0.5  # (R, nh, 1, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1) @ v
 
 
 def _linear(x: Tensor, module: nn.Linear) -> Tensor:

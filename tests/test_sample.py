@@ -238,6 +238,21 @@ def test_command_line(text_model: GPT, tmp_path: Path) -> None:
     assert missing.stderr.count("\n") == 1
 
 
+@pytest.mark.gpu
+def test_a_recorded_step_equals_an_eager_and_a_recomputed_one() -> None:
+    """A CUDA graph that reads the tokens it was recorded with; batched products that mask the wrong positions."""
+    model = small_model(block_size=64).cuda()
+    windows = [[5] * 3, [7] * 20, [9] * 40]
+    readers = [CachedReader(model, 3, 64), CachedReader(model, 3, 64, cuda_graph=True), RecomputingReader(model, 3)]
+    for reader in readers:
+        reader.read([0, 1, 2], windows)
+    for i in range(20):
+        tokens, positions = [i, i + 1, i + 2], [3 + i, 20 + i, 40 + i]
+        eager, recorded, plain = (reader.step(tokens, positions) for reader in readers)
+        torch.testing.assert_close(recorded, eager, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(eager, plain, atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.slow
 def test_a_cached_token_is_twenty_times_as_fast_at_1024() -> None:
     """A cache that is there but still reads the whole window again."""
