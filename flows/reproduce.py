@@ -11,27 +11,28 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from prefect import flow
 from prefect import runtime as prefect_runtime
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
-from prefect.exceptions import TerminationSignal
 from prefect.logging import get_run_logger
-from prefect.settings import PREFECT_API_URL
 
 import flows.environment  # noqa: F401  before prefect, which reads its settings when imported
 from flows import services
-from flows.environment import prefect_in
+from flows.environment import settle_prefect
 from gpt2.config import RunConfig, Runtime, Section
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, Manifest
 from gpt2.plan import Plan, plan
 from gpt2.recipe import load, load_runtime, parse_overrides
+from tasks import registry
 from tasks.launch import StageCrashed, StageFailed
 from tasks.mirror import Mirror, preload
 from tasks.stage import benchmark, download, evaluate, report, tokenize, train
@@ -83,6 +84,7 @@ def reproduce(
         model = train(steps.train, how, shards, *scored_in_training)
         scores = evaluate(steps.evaluate, how, model, shards, *made.values())
         page = report(steps.report, how, shards, model, scores)
+    _register(config, steps, how, mirror)
     _show_report(config, how.store / steps.report.address, mirror)
     return Outcome(report=page, mlflow=mirror.fragment if mirror.run_id else None, flow_run=str(flow_run))
 
@@ -126,11 +128,20 @@ def _name_flow_run(flow_run: Any, name: str) -> None:
 
 
 def _links(flow_run: Any) -> dict[str, str]:
-    """Tags that lead from MLflow to the flow run. An embedded server has no page that could be opened later."""
-    links = {"prefect.flow_run_id": str(flow_run)}
-    if PREFECT_API_URL.value() and (url := prefect_runtime.flow_run.ui_url):
-        links["prefect.flow_run"] = url
-    return links
+    """Tags that lead from MLflow to the flow run."""
+    return {"prefect.flow_run_id": str(flow_run), "prefect.flow_run": prefect_runtime.flow_run.ui_url or ""}
+
+
+def _register(config: RunConfig, steps: Plan, how: Runtime, mirror: Mirror) -> None:
+    """Put the model into MLflow's registry; what is wrong with MLflow is not wrong with the run."""
+    if mirror.run_id is None:
+        return
+    logger = get_run_logger()
+    train, evaluate = (how.store / request.address for request in (steps.train, steps.evaluate))
+    try:
+        registry.register(mirror.run_id, config.name, train, evaluate, mirror.uri, on_line=logger.info)
+    except Exception as error:
+        logger.warning("the model is not in MLflow's registry (%s); the same command tries again", error)
 
 
 def _show_report(config: RunConfig, directory: Path, mirror: Mirror) -> None:
@@ -146,9 +157,12 @@ def _show_report(config: RunConfig, directory: Path, mirror: Mirror) -> None:
 
 
 class _OneLine(logging.Filter):
-    """An error that says what to do needs no traceback of the machinery that carried it here."""
+    """An error that says what to do needs no traceback of the machinery that carried it here; and the page of a run
+    is told of at its end, when it is known whether there is one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if str(record.msg).startswith("View at "):
+            return False
         if record.exc_info and isinstance(record.exc_info[1], StageFailed | UserError):
             record.exc_info = None
         return True
@@ -156,10 +170,17 @@ class _OneLine(logging.Filter):
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
     logging.getLogger(_name).addFilter(_OneLine())
-logging.getLogger("prefect").addFilter(lambda record: "temporary server" not in record.getMessage())
 
 
 # ---------------------------------------------------------------------------------------------------- command line
+
+
+class Terminated(BaseException):
+    """SIGTERM came."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise Terminated
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -172,6 +193,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--runtime", help="name in conf/runtime/, or path of a .yaml file")
     given = parser.parse_intermixed_args(arguments)
     again = "run the same command again to go on"
+    signal.signal(signal.SIGTERM, _terminate)  # Prefect's own handler ends the stage, then hands it on to this one
     try:
         threading.Thread(target=preload, daemon=True).start()  # while the server starts there is time
         overrides = parse_overrides(given.overrides)
@@ -180,15 +202,15 @@ def main(arguments: list[str] | None = None) -> int:
         up = services.running(how.store)
         if "mlflow" in up:
             os.environ.setdefault("MLFLOW_TRACKING_URI", up["mlflow"])
-        with prefect_in(how.store, up.get("prefect")):
-            outcome = reproduce(given.recipe, overrides, given.runtime)
+        settle_prefect(how.store, up.get("prefect"))
+        outcome = reproduce(given.recipe, overrides, given.runtime)
     except StageCrashed as error:
         return _stopped(f"error: {error}; {again}", 1)
     except (StageFailed, UserError) as error:
         return _stopped(f"error: {error}", 2)
     except KeyboardInterrupt:
         return _stopped(f"stopped; {again}", 130)
-    except TerminationSignal:
+    except Terminated:
         return _stopped(f"stopped by SIGTERM; {again}", 143)
     print(services.where(how.store, outcome.report.address, outcome.mlflow, outcome.flow_run), flush=True)
     return 0

@@ -17,22 +17,17 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from flows.environment import database_url
+from flows.environment import HOST, PORTS, START_SECONDS, answers, database_url
 from gpt2.atomic import write_text
 from gpt2.config import Runtime
 from gpt2.errors import UserError
 from gpt2.recipe import names
 
-HOST = "127.0.0.1"
-PORTS = {"prefect": 4200, "mlflow": 5000}
-START_SECONDS = 180.0
 STOP_SECONDS = 60.0
 """the worker's share is the longest: a training under it writes a checkpoint first"""
 
@@ -160,12 +155,8 @@ def _start(store: Path, service: str, words: list[str], url: str, env: dict[str,
 def _wait(store: Path, service: str, url: str) -> None:
     until = time.monotonic() + START_SECONDS
     while time.monotonic() < until:
-        try:
-            with urllib.request.urlopen(url, timeout=5) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            pass
+        if answers(url):
+            return
         if _process(store, service) is None:
             break
         time.sleep(0.3)
@@ -210,22 +201,14 @@ def worker(store: Path) -> None:
     api = os.environ.get("PREFECT_API_URL")
     if not api:
         raise UserError("PREFECT_API_URL is not set: a worker needs a server; make up starts both")
-    _wait_for_elsewhere(f"{api}/health")
+    until = time.monotonic() + START_SECONDS
+    while not answers(f"{api}/health"):
+        if time.monotonic() > until:
+            raise UserError(f"no Prefect server answers at {api}: is it running, and PREFECT_API_URL right?")
+        time.sleep(1)
     announce(api, store)
     command = worker_command()
     os.execv(command[0], command)
-
-
-def _wait_for_elsewhere(url: str) -> None:
-    until = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except (urllib.error.URLError, OSError) as error:
-            if time.monotonic() > until:
-                raise UserError(f"{url} does not answer: {error}") from error
-            time.sleep(1)
 
 
 # ------------------------------------------------------------------------------------------------------ where to look

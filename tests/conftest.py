@@ -47,10 +47,12 @@ def store(tmp_path: Path, empty_mlflow_db: Path, monkeypatch: pytest.MonkeyPatch
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let every stage be started as fake_stages.py, here and in child processes; call it to say what they do."""
     from gpt2.stages import STAGES
+    from tasks import registry
 
     for name, stage in STAGES.items():
         monkeypatch.setitem(STAGES, name, stage.model_copy(update={"module": "fake_stages"}))
     monkeypatch.setenv("PYTHONPATH", FAKE_PATH)
+    monkeypatch.setattr(registry, "register", lambda *arguments, **options: "1")  # there is no model
 
     def act(**actions: str) -> None:
         monkeypatch.setenv("FAKE_STAGES", json.dumps(actions))

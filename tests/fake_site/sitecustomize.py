@@ -4,3 +4,7 @@ from gpt2.stages import STAGES
 
 for _name in STAGES:
     STAGES[_name] = STAGES[_name].model_copy(update={"module": "fake_stages"})
+
+import tasks.registry  # noqa: E402  there is no model that could be registered
+
+tasks.registry.register = lambda *arguments, **options: "1"
