@@ -37,8 +37,9 @@ Batch = tuple[Tensor, Tensor]
 LLMC = {"124m": 545_700, "350m": 200_400}
 """tokens/s of llm.c's hand-written CUDA on one H100 80GB at the same batch"""
 KINDS = {
-    "attention": ("sdpa", "flash", "fmha"),
+    "attention": ("sdpa", "flash", "fmha", "cudnn"),
     "LayerNorm": ("layer_norm",),
+    "bias gradients": ("row_sum",),
     "GELU": ("gelu",),
     "cross-entropy": ("cross_entropy", "log_softmax", "nll_loss"),
     "embeddings": ("embedding", "index"),

@@ -68,13 +68,13 @@ def backward(
         return dx.to(x.dtype), (wide_dy * xhat).sum(0), wide_dy.sum(0), dx.sum(0)
     N, C = x.shape
     dx = torch.empty_like(x)
-    # each program walks over many rows and keeps its sums in registers; a thousand partial sums are left
+    # each program walks over many rows, the next ones on their way while it works, and keeps its sums in registers
     programs = min(_programs(x.device), N)
     partial = torch.empty(programs, 3, C, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(C)
     _layer_norm_backward[(programs,)](
         dy, dy if residual is None else residual, x, mean, rstd, weight, rstd if scale is None else scale, dx, partial,
-        N, C=C, BLOCK=block, RESIDUAL=residual is not None, SCALE=scale is not None, num_warps=max(block // 512, 1),
+        N, C=C, BLOCK=block, STAGES=3, RESIDUAL=residual is not None, SCALE=scale is not None, num_warps=max(block // 512, 1),
     )  # fmt: skip
     dweight, dbias, dx_sum = partial.sum(0)
     return dx, dweight, dbias, dx_sum
@@ -85,7 +85,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _programs(device: torch.device) -> int:
-    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit
@@ -118,6 +118,7 @@ def _layer_norm_backward(
     N,
     C: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SCALE: tl.constexpr,
 ):
@@ -129,7 +130,7 @@ def _layer_norm_backward(
     sum_w = tl.zeros([BLOCK], dtype=tl.float32)
     sum_b = tl.zeros([BLOCK], dtype=tl.float32)
     sum_x = tl.zeros([BLOCK], dtype=tl.float32)
-    for row in range(tl.program_id(0), N, tl.num_programs(0)):
+    for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
         at = (row + tl.zeros([BLOCK], dtype=tl.int64)) * C + cols
         d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
         v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gpt2.kernels.triton_or_none import tl, triton, usable
 
-COLUMNS, ROWS = 256, 32
-"""of the tile that a program adds up at a time: whole 512-byte stretches of bf16, many loads in flight"""
+COLUMNS, ROWS = 128, 32
+"""of the tile that a program adds up at a time: 256-byte stretches of bf16, many loads in flight"""
 
 
 def row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -22,12 +22,12 @@ def row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
     across = triton.cdiv(M, COLUMNS)
     down = max(1, min(_programs(x.device) // across, triton.cdiv(N, ROWS)))
     partial = torch.empty(down, M, dtype=torch.float32, device=x.device)
-    _row_sum[(across, down)](x, partial, N, M, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=8)
+    _row_sum[(across, down)](x, partial, N, M, COLUMNS=COLUMNS, ROWS=ROWS, num_warps=4)
     return partial.sum(0, dtype=dtype)
 
 
 def _programs(device: torch.device) -> int:
-    return 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return 8 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit
