@@ -10,9 +10,11 @@
  * Tables are shared by threads and never written after they are made; a worker belongs to one thread at a time.
  * Input is expected to be valid UTF-8; anything else gives some ids, but no access outside the buffers.
  */
+#define _DEFAULT_SOURCE /* madvise */
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
@@ -29,6 +31,7 @@ typedef struct {
     uint64_t *pairs;         /* open addressing: (left << 16 | right) << 16 | merged, EMPTY */
     uint64_t pair_mask;
     uint16_t byte_id[256];
+    uint16_t byte_pair[65536]; /* what two bytes become, 0 for nothing: no merge gives id 0, which is a byte */
 } Tables;
 
 /* Remembered pieces. The key is the piece's bytes, zero-padded, its length in the last byte; a free slot has length 0. */
@@ -42,8 +45,9 @@ typedef struct {
     uint16_t n, id[15];
 } Long; /* up to 31 bytes and 15 ids */
 
-#define SHORTS (1u << 18) /* 8 MiB */
-#define LONGS (1u << 15)  /* 2 MiB */
+#define SHORTS (1u << 19) /* 16 MiB a worker */
+#define LONGS (1u << 16)  /* 4 MiB */
+#define HUGE_PAGE (2u << 20)
 
 typedef struct {
     const Tables *tables;
@@ -94,6 +98,10 @@ Tables *bpe_tables_new(const uint8_t *class_of, const uint16_t *byte_id, const u
         while (t->pairs[slot] != EMPTY) slot = (slot + 1) & t->pair_mask;
         t->pairs[slot] = (uint64_t)pair[i] << 16 | id[i];
     }
+    for (uint32_t i = 0; i < 65536; i++) {
+        int32_t rank = merged(t, byte_id[i >> 8], byte_id[i & 0xFF]);
+        t->byte_pair[i] = rank < 0 ? 0 : (uint16_t)rank;
+    }
     return t;
 }
 
@@ -109,12 +117,16 @@ Worker *bpe_worker_new(const Tables *tables) {
     Worker *w = calloc(1, sizeof *w);
     if (!w) return NULL;
     w->tables = tables;
-    w->shorts = aligned_alloc(64, SHORTS * sizeof(Short));
-    w->longs = aligned_alloc(64, LONGS * sizeof(Long));
+    w->shorts = aligned_alloc(HUGE_PAGE, SHORTS * sizeof(Short));
+    w->longs = aligned_alloc(HUGE_PAGE, LONGS * sizeof(Long));
     if (!w->shorts || !w->longs) {
         bpe_worker_free(w);
         return NULL;
     }
+#ifdef MADV_HUGEPAGE
+    madvise(w->shorts, SHORTS * sizeof(Short), MADV_HUGEPAGE);
+    madvise(w->longs, LONGS * sizeof(Long), MADV_HUGEPAGE);
+#endif
     memset(w->shorts, 0, SHORTS * sizeof(Short));
     memset(w->longs, 0, LONGS * sizeof(Long));
     return w;
@@ -123,27 +135,42 @@ Worker *bpe_worker_new(const Tables *tables) {
 /* ------------------------------------------------------------------------------------------------------ merging */
 
 #define FEW 256
+#define NONE UINT32_MAX
+
+static inline uint32_t candidate(const Tables *t, uint16_t left, uint16_t right, uint32_t at) {
+    int32_t rank = merged(t, left, right);
+    return rank < 0 ? NONE : (uint32_t)rank << 8 | at; /* compares by rank, and for the same rank by place */
+}
 
 /* For pieces of up to FEW bytes: look for the best pair among all that are left, each time. */
 static uint32_t merge_few(const Tables *t, const uint8_t *s, uint32_t n, uint16_t *out) {
-    uint16_t id[FEW];
-    int32_t rank[FEW]; /* of id[i] with id[i + 1] */
-    for (uint32_t i = 0; i < n; i++) id[i] = t->byte_id[s[i]];
-    for (uint32_t i = 0; i + 1 < n; i++) rank[i] = merged(t, id[i], id[i + 1]);
-    while (n > 1) {
-        uint32_t best = UINT32_MAX, at = 0; /* -1 as unsigned is the largest: "none" never wins */
-        for (uint32_t i = 0; i + 1 < n; i++)
-            if ((uint32_t)rank[i] < best) best = (uint32_t)rank[i], at = i;
-        if (best == UINT32_MAX) break;
-        n--;
-        id[at] = (uint16_t)best;
-        memmove(id + at + 1, id + at + 2, (n - at - 1) * sizeof *id);
-        memmove(rank + at, rank + at + 1, (n - at) * sizeof *rank);
-        if (at + 1 < n) rank[at] = merged(t, id[at], id[at + 1]);
-        if (at) rank[at - 1] = merged(t, id[at - 1], id[at]);
+    uint16_t id[FEW], next[FEW + 1], previous[FEW + 1];
+    uint32_t pair[FEW]; /* of what begins at byte i with what comes next; NONE where nothing begins any more */
+    for (uint32_t i = 0; i < n; i++) {
+        id[i] = t->byte_id[s[i]];
+        next[i] = (uint16_t)(i + 1);
+        previous[i] = (uint16_t)(i - 1);
     }
-    memcpy(out, id, n * sizeof *id);
-    return n;
+    for (uint32_t i = 0; i + 1 < n; i++) {
+        uint32_t rank = t->byte_pair[s[i] << 8 | s[i + 1]];
+        pair[i] = rank ? rank << 8 | i : NONE;
+    }
+    pair[n - 1] = NONE;
+    for (;;) {
+        uint32_t best = NONE;
+        for (uint32_t i = 0; i < n; i++) best = pair[i] < best ? pair[i] : best;
+        if (best == NONE) break;
+        uint32_t at = best & 0xFF, gone = next[at], after = next[gone];
+        id[at] = (uint16_t)(best >> 8);
+        next[at] = (uint16_t)after;
+        previous[after] = (uint16_t)at;
+        pair[gone] = NONE;
+        pair[at] = after < n ? candidate(t, id[at], id[after], at) : NONE;
+        if (at) pair[previous[at]] = candidate(t, id[previous[at]], id[at], previous[at]);
+    }
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < n; i = next[i]) out[count++] = id[i];
+    return count;
 }
 
 /* A heap of rank << 32 | position: the lowest rank first, the leftmost of equals. */
@@ -267,8 +294,6 @@ static __attribute__((noinline)) uint16_t *merge_long(Worker *w, const uint8_t *
     return out + n;
 }
 
-#define AHEAD 256 /* pieces whose slots are being fetched while more are found */
-
 static uint16_t *emit(Worker *w, const Piece *p, uint32_t n, uint16_t *out) {
     for (const Piece *end = p + n; p < end; p++) {
         const Short *slot = p->slot;
@@ -318,20 +343,6 @@ static inline void prepare(Worker *w, Piece *p, const uint8_t *start, uint64_t l
 
 /* ------------------------------------------------------------------------------------------------------- pieces */
 
-/* Length of the run of ASCII letters in the 16 bytes at p. */
-static inline uint32_t ascii_letters(const uint8_t *p) {
-#ifdef __SSE2__
-    __m128i folded = _mm_or_si128(_mm_loadu_si128((const __m128i *)p), _mm_set1_epi8(0x20));
-    __m128i from_a = _mm_sub_epi8(folded, _mm_set1_epi8('a'));
-    __m128i letter = _mm_cmpeq_epi8(_mm_min_epu8(from_a, _mm_set1_epi8(25)), from_a);
-    return (uint32_t)__builtin_ctz(~(uint32_t)_mm_movemask_epi8(letter));
-#else
-    uint32_t n = 0;
-    while (n < 16 && (uint8_t)((p[n] | 0x20) - 'a') < 26) n++;
-    return n;
-#endif
-}
-
 /* One character: its code point, and its length in *length. Never reads at or past `end`, which is > p. */
 static inline uint32_t character(const uint8_t *p, const uint8_t *end, uint32_t *length) {
     uint32_t a = p[0];
@@ -345,68 +356,156 @@ static inline uint32_t character(const uint8_t *p, const uint8_t *end, uint32_t 
     return *length = 1, 0xFFFD;
 }
 
-/* The end of the run of characters of one class that p stands in. */
-static inline const uint8_t *run(const uint8_t *class_of, uint8_t class, const uint8_t *p, const uint8_t *end) {
-    while (p < end) {
-        uint32_t length, c = character(p, end, &length);
-        if (class_of[c] != class) break;
-        p += length;
-    }
-    return p;
+static inline uint8_t class_at(const uint8_t *class_of, const uint8_t *p, const uint8_t *end) {
+    uint32_t length;
+    return class_of[character(p, end, &length)];
 }
 
-/* The pieces of one document, in batches of AHEAD, encoded to `out`; what is behind them. */
-static uint16_t *document(Worker *w, const uint8_t *p, const uint8_t *end, const uint8_t *limit, uint16_t *out) {
-    const uint8_t *class_of = w->tables->class_of;
-    Piece pieces[AHEAD];
-    uint32_t waiting = 0;
-    while (p < end) {
-        const uint8_t *start = p;
-        const uint8_t *word = p + (*p == ' ');
-        uint32_t letters = LIKELY(limit - word >= 16) ? ascii_letters(word) : 0;
-        if (LIKELY(letters)) { /* the short way to " ?\p{L}++", by far the commonest */
-            p = word + letters;
-            while (UNLIKELY(letters == 16 && limit - p >= 16)) p += letters = ascii_letters(p);
-            if (UNLIKELY(p > end)) p = end; /* ran into the next document */
-            if (UNLIKELY(p < end && (*p >= 0x80 || letters == 16))) p = run(class_of, LETTER, p, end);
-        } else {
-            if (*p == '\'' && end - p >= 2) { /* '(?:[sdmt]|ll|ve|re) */
-                uint8_t a = p[1], b = end - p >= 3 ? p[2] : 0;
-                if (a == 's' || a == 't' || a == 'd' || a == 'm') {
-                    p += 2;
-                } else if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e')) {
-                    p += 3;
-                }
+/* Of 64 bytes, bit i for byte i. */
+typedef struct {
+    uint64_t letter, number, space; /* ASCII only at first */
+    uint64_t blank, apostrophe, high; /* ' ', '\'', >= 0x80 */
+} Masks;
+
+static inline Masks masks(const uint8_t *p) {
+    Masks m = {0, 0, 0, 0, 0, 0};
+#if defined(__SSE2__) && !defined(PORTABLE)
+#define BETWEEN(low, count) _mm_cmpeq_epi8(_mm_min_epu8(_mm_sub_epi8(v, _mm_set1_epi8(low)), _mm_set1_epi8((count) - 1)), _mm_sub_epi8(v, _mm_set1_epi8(low)))
+#define BITS(x) ((uint64_t)(uint32_t)_mm_movemask_epi8(x) << 16 * i)
+    for (int i = 0; i < 4; i++) {
+        __m128i v = _mm_loadu_si128((const __m128i *)p + i);
+        __m128i blank = _mm_cmpeq_epi8(v, _mm_set1_epi8(' '));
+        m.blank |= BITS(blank);
+        m.space |= BITS(_mm_or_si128(blank, BETWEEN('\t', 5)));
+        m.number |= BITS(BETWEEN('0', 10));
+        m.apostrophe |= BITS(_mm_cmpeq_epi8(v, _mm_set1_epi8('\'')));
+        m.high |= BITS(v);
+        v = _mm_or_si128(v, _mm_set1_epi8(0x20));
+        m.letter |= BITS(BETWEEN('a', 26));
+    }
+#else
+    for (int i = 0; i < 64; i++) {
+        uint8_t c = p[i];
+        m.letter |= (uint64_t)((uint8_t)((c | 0x20) - 'a') < 26) << i;
+        m.number |= (uint64_t)((uint8_t)(c - '0') < 10) << i;
+        m.space |= (uint64_t)(c == ' ' || (uint8_t)(c - '\t') < 5) << i;
+        m.blank |= (uint64_t)(c == ' ') << i;
+        m.apostrophe |= (uint64_t)(c == '\'') << i;
+        m.high |= (uint64_t)(c >= 0x80) << i;
+    }
+#endif
+    return m;
+}
+
+/* What one block of 64 bytes leaves for the next. */
+typedef struct {
+    uint64_t letter, number, space, other, blank; /* bit 0: of its last byte; all 0 before a document */
+    uint64_t clear, set;                          /* borders that a contraction moved into the next block */
+    uint32_t rest;                                /* bytes of a character that goes on there */
+    uint8_t class;                                /* and its class */
+} Carry;
+
+/* The borders of a block, bit i set where byte i begins a piece; the first 64 bytes at p, of which those before `end` are
+ * text, can be read at `from`. The pattern without looking for its alternatives one by one:
+ * a piece begins where the class changes, a ' ' before anything but white space counting as what follows it; the last
+ * character of a run of white space is a piece of its own, or goes with what follows it if it is ' ', unless the text
+ * ends there. */
+static inline uint64_t borders(const uint8_t *class_of, const uint8_t *from, const uint8_t *p, const uint8_t *end, Carry *carry) {
+    Masks m = masks(from);
+    uint64_t last_high = 0; /* lead bytes of white space beyond ASCII that is the last of its run */
+    uint64_t valid = end - p >= 64 ? UINT64_MAX : (1ull << (end - p)) - 1;
+    if (UNLIKELY((m.high & valid) != 0)) {
+        uint64_t todo = m.high & valid;
+        uint32_t rest = carry->rest;
+        uint8_t class = carry->class;
+        uint64_t bytes = rest ? (1ull << rest) - 1 : 0;
+        carry->rest = 0;
+        for (;;) {
+            /* a character's other bytes are of its class, so that nothing begins at them */
+            if (class == LETTER) m.letter |= bytes;
+            if (class == NUMBER) m.number |= bytes;
+            if (class == SPACE) m.space |= bytes;
+            todo &= ~bytes;
+            if (!todo) break;
+            uint32_t at = (uint32_t)__builtin_ctzll(todo), length;
+            class = class_of[character(p + at, end, &length)];
+            bytes = ((1ull << length) - 1) << at;
+            if (at + length > 64) {
+                carry->rest = at + length - 64;
+                carry->class = class;
             }
-            if (p == start) {
-                uint32_t length, c = character(p, end, &length);
-                uint8_t class = class_of[c];
-                if (*p == ' ' && end - p >= 2) {
-                    uint32_t following, d = character(p + 1, end, &following);
-                    if (class_of[d] != SPACE) class = class_of[d]; /* the space goes with what follows it */
-                }
-                p += length;
-                if (class != SPACE) {
-                    p = run(class_of, class, p, end);
-                } else {
-                    const uint8_t *last = start; /* white space, the last of which */
-                    while (p < end) {
-                        c = character(p, end, &length);
-                        if (class_of[c] != SPACE) break;
-                        last = p;
-                        p += length;
-                    }
-                    if (p < end && last > start) p = last; /* is left for what follows, if anything does */
-                }
-            }
+            if (class == SPACE && p + at + length < end && class_at(class_of, p + at + length, end) != SPACE)
+                last_high |= 1ull << at;
         }
-        prepare(w, &pieces[waiting++], start, (uint64_t)(p - start), limit);
-        if (UNLIKELY(waiting == AHEAD)) {
-            out = emit(w, pieces, waiting, out);
-            waiting = 0;
+    } else {
+        carry->rest = 0;
+    }
+    uint64_t space = m.space | ~valid; /* the text's end does not end a run of white space */
+    uint64_t other = ~(m.letter | m.number | space);
+    uint64_t space_after = space >> 1;
+    if (end - p <= 64 || class_at(class_of, p + 64, end) == SPACE) space_after |= 1ull << 63;
+    uint64_t after_space = space << 1 | carry->space, after_blank = m.blank << 1 | carry->blank;
+    uint64_t changed = (m.letter & ~(m.letter << 1 | carry->letter)) | (m.number & ~(m.number << 1 | carry->number)) |
+                       (other & ~(other << 1 | carry->other));
+    uint64_t border = (space & ~after_space) | (space & ~m.high & ~space_after) | last_high |
+                      (~space & after_space & ~after_blank) | (changed & ~after_space);
+    carry->letter = m.letter >> 63;
+    carry->number = m.number >> 63;
+    carry->space = space >> 63;
+    carry->other = other >> 63;
+    carry->blank = m.blank >> 63;
+    border = (border & ~carry->clear) | carry->set;
+    carry->clear = carry->set = 0;
+    for (uint64_t quotes = m.apostrophe & border & valid; quotes; quotes &= quotes - 1) { /* '(?:[sdmt]|ll|ve|re) */
+        uint32_t at = (uint32_t)__builtin_ctzll(quotes), length = 0;
+        const uint8_t *q = p + at;
+        uint8_t a = end - q >= 2 ? q[1] : 0, b = end - q >= 3 ? q[2] : 0;
+        if (a == 's' || a == 't' || a == 'd' || a == 'm') length = 2;
+        if ((a == 'l' && b == 'l') || (a == 'v' && b == 'e') || (a == 'r' && b == 'e')) length = 3;
+        if (!length) continue;
+        if (at + 1 < 64) border &= ~(1ull << (at + 1));
+        else carry->clear = 1;
+        if (at + length < 64) border |= 1ull << (at + length);
+        else carry->set = 1ull << (at + length - 64);
+    }
+    return border & valid;
+}
+
+#define AHEAD 256 /* pieces that are looked at together, so that what each needs from memory is there in time */
+
+static uint16_t *pieces(Worker *w, const uint8_t *const *start, uint32_t n, const uint8_t *limit, uint16_t *out) {
+    Piece piece[AHEAD];
+    for (uint32_t i = 0; i < n; i++) prepare(w, &piece[i], start[i], (uint64_t)(start[i + 1] - start[i]), limit);
+    return emit(w, piece, n, out);
+}
+
+/* One document, encoded to `out`; what is behind its ids. `limit`, >= end, is the end of what may be read. */
+static uint16_t *document(Worker *w, const uint8_t *p, const uint8_t *end, const uint8_t *limit, uint16_t *out) {
+    const uint8_t *start[AHEAD + 64 + 8];
+    uint32_t n = 0;
+    Carry carry = {0};
+    carry.set = 1; /* a text begins a piece */
+    for (; p < end; p += 64) {
+        uint8_t padded[64];
+        const uint8_t *from = p;
+        if (UNLIKELY(limit - p < 64)) {
+            memset(padded, 0, sizeof padded);
+            memcpy(padded, p, (size_t)(limit - p));
+            from = padded;
+        }
+        uint64_t border = borders(w->tables->class_of, from, p, end, &carry);
+        uint32_t count = (uint32_t)__builtin_popcountll(border);
+        for (uint32_t i = 0; i < count; i += 8) /* eight at a time, some of them for nothing: fewer surprises */
+            for (uint32_t j = 0; j < 8; j++, border &= border - 1) start[n + i + j] = p + __builtin_ctzll(border | 1ull << 63);
+        n += count;
+        if (n > AHEAD) {
+            out = pieces(w, start, AHEAD, limit, out);
+            n -= AHEAD;
+            memmove(start, start + AHEAD, n * sizeof *start);
         }
     }
-    return emit(w, pieces, waiting, out);
+    start[n] = end;
+    return n ? pieces(w, start, n, limit, out) : out;
 }
 
 /* Encode n documents, document i being data[offsets[i] .. offsets[i + 1]), with EOT before each one; before the first
