@@ -239,6 +239,7 @@ def test_command_line(text_model: GPT, tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_a_recorded_step_equals_an_eager_and_a_recomputed_one() -> None:
     """A CUDA graph that reads the tokens it was recorded with; batched products that mask the wrong positions."""
     model = small_model(block_size=64).cuda()
