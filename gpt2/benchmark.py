@@ -8,17 +8,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from gpt2.benchmark_config import BenchmarkConfig, Continuation
 from gpt2.benchmarks import READERS, continuation
 from gpt2.benchmarks.prompts import Prepared
 from gpt2.download import origin
+from gpt2.errors import UserError
 from gpt2.examples import Description, pack, save
 from gpt2.manifest import BenchmarkFacts, TokenizeFacts
 from gpt2.sources import BENCHMARK_FORMATS, fetch, known_sha256
 from gpt2.stage import StageDir, main
 from gpt2.tokenizer import gpt2_encoding
+
+ANY: TypeAdapter[BenchmarkConfig] = TypeAdapter(BenchmarkConfig)
 
 
 def work(stage: StageDir) -> None:
@@ -41,10 +44,7 @@ def work(stage: StageDir) -> None:
 
 def write(stage: StageDir, kind: str, prepared: Prepared, where: str, files: list[str], sha256: dict[str, str]) -> None:
     """The prepared benchmark and the manifest over it and its source files."""
-    description = Description(
-        kind=kind, prompt=prepared.prompt, origin=where, parts=prepared.parts, left_out=prepared.left_out
-    )
-    written = save(pack(description, prepared.examples), stage.path)
+    written = save(pack(describe(kind, prepared, where), prepared.examples), stage.path)
     chances = [part.chance for part in prepared.parts if part.chance is not None]
     facts = BenchmarkFacts(
         kind=kind,
@@ -58,12 +58,38 @@ def write(stage: StageDir, kind: str, prepared: Prepared, where: str, files: lis
     print(f"{facts.kind}: {facts.examples:,} examples from {where}", flush=True)
 
 
+def describe(kind: str, prepared: Prepared, where: str) -> Description:
+    return Description(
+        kind=kind, prompt=prepared.prompt, origin=where, parts=prepared.parts, left_out=prepared.left_out
+    )
+
+
 def configured(stage: StageDir) -> BenchmarkConfig:
     """The stage's configuration. The request holds what a source *is*; the hints what the user wrote."""
     section: dict[str, Any] = dict(stage.request.config)
     if "source" in section:
         section["source"] = stage.request.hints["source"]["source"]
-    return TypeAdapter(BenchmarkConfig).validate_python(section)
+    return ANY.validate_python(section)
+
+
+def prepare_files(kind: str, prompt: str, files: list[Path], directory: Path) -> None:
+    """Prepare a benchmark from its own files into `directory`, outside of any store.
+
+    Args:
+        kind: hellaswag, lambada, arc, piqa, winogrande, wikitext103 or core.
+        prompt: for HellaSwag "llm.c" (or empty) or "harness".
+
+    Raises:
+        UserError: no such kind, or files that are not of it.
+    """
+    section: dict[str, Any] = {"kind": kind, "source": {"kind": "local", "paths": [str(file) for file in files]}}
+    try:
+        config = ANY.validate_python(section | ({"prompt": prompt} if prompt else {}))
+    except ValidationError as error:
+        raise UserError(f"benchmark {kind}{':' + prompt if prompt else ''}: {error.errors()[0]['msg']}") from error
+    prepared = READERS[type(config)](config, files, gpt2_encoding().encode_ordinary)
+    where = ", ".join(str(file) for file in files)
+    save(pack(describe(kind, prepared, where), prepared.examples), directory)
 
 
 def val_shards(tokenized: StageDir) -> list[Path]:

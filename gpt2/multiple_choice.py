@@ -16,7 +16,7 @@ from gpt2.examples import Examples, Part, load
 from gpt2.manifest import Score
 from gpt2.model import GPT
 from gpt2.packing import Segments, batches, cut, padded, windows
-from gpt2.scoring import Hidden, autocast, chosen_losses
+from gpt2.scoring import Hidden, OnTokens, autocast, chosen_losses
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ def sequence_sums(
     batch_tokens: int = 16_384,
     precision: str = "fp32",
     hidden: Hidden | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> Sums:
     """Sum of the losses of each sequence's scored end; arguments as of `score_benchmark`.
 
@@ -96,6 +97,8 @@ def sequence_sums(
         losses.index_add_(0, owner, loss.double().cpu())
         if likeliest is not None:
             greedy.index_add_(0, owner, likeliest.double().cpu())
+        if on_tokens is not None:
+            on_tokens(int(batch.inputs().sum()))
     model.train(was_training)
     sums = world.all_reduce(torch.stack([losses, greedy]).to(world.device)).cpu().numpy()
     rows_in_all = len(examples.scored)

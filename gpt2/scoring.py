@@ -14,6 +14,9 @@ from gpt2.model import GPT, IGNORE
 Hidden = Callable[[Tensor], Tensor]
 """(B, T) token ids -> (B, T, C) hidden states after the last LayerNorm; `model.hidden`, or a compiled one"""
 
+OnTokens = Callable[[int], None]
+"""told, after each batch, how many tokens this process has put through the model"""
+
 CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
 """positions whose logits exist at a time: 256 x 50,304 x 4 bytes are 51 MB, what a CPU's caches and memory like"""
 

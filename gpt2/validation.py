@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.model import GPT, IGNORE
-from gpt2.scoring import Hidden, autocast, token_losses
+from gpt2.scoring import Hidden, OnTokens, autocast, token_losses
 from gpt2.shards import open_shard
 
 
@@ -58,6 +58,7 @@ def val_loss(
     world: World,
     precision: str = "fp32",
     hidden: Hidden | None = None,
+    on_tokens: OnTokens | None = None,
 ) -> ValLoss:
     """Mean cross-entropy over the first `tokens` tokens of the validation shards, in windows that do not overlap.
 
@@ -95,5 +96,7 @@ def val_loss(
             )  # (micro_batch_size, T)
         mine = slice(first, min(first + micro_batch_size, windows))
         sums[mine] = losses.double().sum(dim=1)[: mine.stop - mine.start]
+        if on_tokens is not None:
+            on_tokens(there)
     model.train(was_training)
     return ValLoss(math.fsum(world.all_reduce(sums).tolist()) / used, used)
