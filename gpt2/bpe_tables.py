@@ -51,11 +51,8 @@ def vocabulary(encoding: tiktoken.Encoding) -> list[bytes]:
 
 def _tokens(encoding: tiktoken.Encoding) -> list[tuple[int, bytes]]:
     special = {encoding.encode_single_token(name) for name in encoding.special_tokens_set}
-    return sorted(
-        (encoding.encode_single_token(token), token)
-        for token in encoding.token_byte_values()
-        if encoding.encode_single_token(token) not in special
-    )
+    ids = (number for number in range(encoding.n_vocab) if number not in special)
+    return [(number, encoding.decode_single_token_bytes(number)) for number in ids]
 
 
 def character_classes() -> Array:
