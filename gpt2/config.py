@@ -159,6 +159,9 @@ class TrainConfig(Section):
         str | None,
         Field(description="folder with a Hugging Face or llm.c GPT-2 to start from instead of random weights"),
     ] = None
+    init_sha256: Annotated[
+        str | None, Field(description="of what init_from holds; filled in by the plan, or given to pin it")
+    ] = None
 
     @model_validator(mode="after")
     def _arithmetic(self) -> TrainConfig:

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import BenchmarkConfig, Continuation, RunConfig, Runtime, Section
+from gpt2.config import BenchmarkConfig, Continuation, RunConfig, Runtime, Section, TrainConfig
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
-from gpt2.sources import BENCHMARK_FORMATS, identify
+from gpt2.sources import BENCHMARK_FORMATS, identify, identify_weights
 from gpt2.stages import STAGES
 
 
@@ -71,7 +71,7 @@ def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) 
     train_inputs = {"shards": tokenize.address}
     if config.train.benchmark:
         train_inputs["benchmark"] = benchmarks[config.train.benchmark].address
-    train = _request("train", config.train, train_inputs)
+    train = _request("train", _with_weights(config.train, store), train_inputs)
 
     scored = {
         f"benchmark:{name}": benchmarks[name].address for name in config.evaluate.benchmarks if name in benchmarks
@@ -90,6 +90,19 @@ def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) 
     return Plan(
         download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report
     )
+
+
+def _with_weights(train: TrainConfig, store: Path) -> TrainConfig:
+    """With the hash of the weights that training begins from, if from any."""
+    if train.init_from is None:
+        return train
+    found = identify_weights(train.init_from, store)
+    if train.init_sha256 not in (None, found):
+        raise UserError(
+            f"train.init_from: {train.init_from} has the sha256 {found}, train.init_sha256 says {train.init_sha256}: "
+            f"get the weights that were meant, or drop init_sha256"
+        )
+    return train.model_copy(update={"init_sha256": found})
 
 
 def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path) -> Request:

@@ -7,6 +7,7 @@ set is its repository at one commit, the installed documentation is the list of 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import os
 import time
@@ -20,12 +21,13 @@ from gpt2.atomic import fsync_dir, write_text
 from gpt2.config import CorpusSource, HubFiles, HubShards, InstalledDocs, LocalFiles, LocalShards
 from gpt2.errors import UserError
 from gpt2.machine import cpu_count
-from gpt2.manifest import sha256_file
+from gpt2.manifest import canonical, sha256_file
 
 Progress = Callable[[int, int, int], None]
 """Called with (bytes done, bytes in all, files done), at most a few times a second, from the calling thread."""
 
 DATA = "data"
+WEIGHT_FILES = (".safetensors", ".bin", "config.json", "manifest.json")
 TEXT_FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SHARD_FORMATS = (".bin",)
 BENCHMARK_FORMATS = (*TEXT_FORMATS, ".yaml", ".csv", ".tokens")
@@ -108,6 +110,22 @@ def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
 
         return hub_download.known_sha256(directory)
     return {}
+
+
+def identify_weights(path: str, store: Path) -> str:
+    """sha256 over the model files at `path`, a folder or a file: weights that change under one name are others.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    place = Path(path).expanduser()
+    files = [place] if place.is_file() else sorted(p for p in place.glob("*") if p.name.endswith(WEIGHT_FILES))
+    if not files:
+        raise UserError(f"train.init_from: {path} holds no model: give a checkpoint folder or a llm.c file")
+    hashes = Hashes(store).of([file.resolve() for file in files])
+    return hashlib.sha256(
+        canonical([[file.name, sha] for file, sha in zip(files, hashes, strict=True)]).encode()
+    ).hexdigest()
 
 
 def numbered(index: int, name: str) -> str:

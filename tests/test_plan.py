@@ -89,3 +89,17 @@ def test_write_makes_directories_that_a_stage_can_start_on(tmp_path: Path) -> No
 def test_checkpoint_of_an_unfinished_training_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="training is not finished"):
         checkpoint(planned(tmp_path), tmp_path)
+
+
+def test_other_weights_to_begin_from_are_another_training(tmp_path: Path) -> None:
+    """Hashing only the path would silently reuse a model that began from what lay there before."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"one")
+    first = planned(tmp_path, train__init_from=str(folder))
+    pinned = first.train.config["init_sha256"]
+    (folder / "model.safetensors").write_bytes(b"two")
+    second = planned(tmp_path, train__init_from=str(folder))
+    assert first.train.address != second.train.address
+    with pytest.raises(UserError, match=r"train\.init_sha256 says"):
+        planned(tmp_path, train__init_from=str(folder), train__init_sha256=pinned)
