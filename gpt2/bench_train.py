@@ -121,12 +121,12 @@ def kinds_of_work(run: Callable[[], object]) -> dict[str, float]:
 
 
 def micro_batch_that_fits(config: TrainConfig, device: torch.device) -> int:
-    """The largest power of two of sequences, at most 64, whose activations fit beside the weights and AdamW's state."""
+    """The largest power of two of sequences, at most 128, whose activations fit beside the weights and AdamW's state."""
     if device.type != "cuda":
         return 1
     free = torch.cuda.mem_get_info(device)[0] - 18 * config.model.n_params() - (2 << 30)
     block = config.model.block_size
-    sizes = [2**i for i in range(6, -1, -1) if config.sequences_per_step % 2**i == 0]
+    sizes = [2**i for i in range(7, -1, -1) if config.sequences_per_step % 2**i == 0]
     return next((size for size in sizes if activation_bytes(config.model, size * block) < free), 1)
 
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="124m", help="a recipe of conf/")
     parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
     parser.add_argument("--compile", action="store_true", help="with --kernels reference: torch.compile it")
-    parser.add_argument("--micro-batch-size", type=int, help="sequences; default: the largest that fits, at most 64")
+    parser.add_argument("--micro-batch-size", type=int, help="sequences; default: the largest that fits, at most 128")
     parser.add_argument("--total-batch-size", type=int, help="tokens a step; default: the recipe's")
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
     parser.add_argument("--check", action="store_true", help="compare the loss with the plain path over 200 steps")

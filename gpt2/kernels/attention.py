@@ -187,7 +187,28 @@ class CudnnPackedAttention(Attention):
         return graph, names
 
 
-BACKENDS = {kind.name: kind for kind in (CudnnPackedAttention, CudnnAttention, FlashAttention)}
+class CudnnFlash4Attention(CudnnPackedAttention):
+    """cuDNN forward, FlashAttention-4 (flash-attn-4) backward: on an H100, with heads of 64, each is the quicker one."""
+
+    name = "cudnn+flash4"
+
+    def __init__(self, n_head: int) -> None:
+        super().__init__(n_head)
+        from flash_attn.cute.interface import _flash_attn_bwd  # type: ignore[import-not-found, unused-ignore]
+
+        self._backward: Any = _flash_attn_bwd
+
+    def backward(self, dy: Tensor, qkv: Tensor, y: Tensor, saved: Saved) -> Tensor:
+        shape = (*y.shape[:2], self.n_head, -1)
+        dqkv = torch.empty_like(qkv)
+        q, k, v = qkv.view(*y.shape[:2], 3, self.n_head, -1).unbind(2)  # each (B, T, nh, hs)
+        dq, dk, dv = dqkv.view(*y.shape[:2], 3, self.n_head, -1).unbind(2)
+        lse = saved[0].squeeze(3)  # (B, nh, T), natural logarithm in both libraries
+        self._backward(q, k, v, y.view(shape), dy.view(shape), lse, causal=True, dq=dq, dk=dk, dv=dv)
+        return dqkv
+
+
+BACKENDS = {kind.name: kind for kind in (CudnnFlash4Attention, CudnnPackedAttention, CudnnAttention, FlashAttention)}
 
 
 def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> Attention:
