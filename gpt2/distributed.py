@@ -45,7 +45,7 @@ class World:
         return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.size)))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values on every process, in place; the same tensor."""
+        """Rank 0's values on every process, in place; the same tensor, which must be contiguous."""
         if self.size > 1:
             dist.broadcast(tensor, src=0)
         return tensor

@@ -58,7 +58,7 @@ class Interruption:
         self._lock = threading.Lock()
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._old_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._old = {number: signal.signal(number, _nothing) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
         self._thread = threading.Thread(target=self._watch, name="interruption", daemon=True)
         self._thread.start()
 
@@ -86,6 +86,9 @@ class Interruption:
         signal.set_wakeup_fd(self._old_fd)
         os.close(self._read)
         os.close(self._write)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = self.requested or number
 
     # ------------------------------------------------------------------------------------------------- the thread
 
@@ -123,7 +126,3 @@ class Interruption:
                 f"rank {self.world.rank}: a step is taking {now:.0f} s, {usual:.2f} s is usual; "
                 f"a process may hang, or the disk or another program is slow"
             )
-
-
-def _nothing(number: int, frame: FrameType | None) -> None:
-    """The signal was written to the pipe already."""

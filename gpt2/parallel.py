@@ -213,5 +213,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def from_main(tensors: Mapping[str, Tensor], name: str, shape: torch.Size, world: World) -> Tensor:
-    there = tensors[name].to(world.device) if world.is_main else torch.empty(shape, device=world.device)
-    return world.broadcast(there)
+    """Rank 0's tensor of that name, on every process."""
+    if world.is_main:
+        # a collective sends memory as it lies, so a transposed view would arrive mixed up
+        return world.broadcast(tensors[name].to(world.device).contiguous())
+    return world.broadcast(torch.empty(shape, device=world.device))

@@ -181,7 +181,7 @@ def report(error: BaseException, world: World | None) -> int:
     prefix = f"[rank {world.rank}] " if world is not None and world.size > 1 and status == 1 else ""
     if world is not None and not world.first_to_say("failed"):
         lines = ["ends because another process failed first"]
-    else:
+    elif status == 1:
         get_error_handler().record_exception(error)  # for torchrun's own account of it
     print("\n".join(prefix + line for line in lines), file=sys.stderr, flush=True)
     return status

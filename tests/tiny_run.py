@@ -13,32 +13,36 @@ import numpy as np
 from safetensors.torch import load_file
 
 from gpt2.config import Runtime, TrainConfig
-from gpt2.manifest import REQUEST, Request, ShardEntry, TokenizeFacts, TrainFacts, write_model
+from gpt2.manifest import Request, ShardEntry, TokenizeFacts, TrainFacts, write_model
 from gpt2.plan import prepare
 from gpt2.shards import ShardWriter
 from gpt2.stage import StageDir
 from gpt2.tokenizer import EOT
 
-VOCAB = 50_257
 CONFIG: dict[str, Any] = {
-    "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16},
+    "model": {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 300},
     "optim": {"max_lr": 1e-2, "warmup_steps": 2},
     "total_batch_size": 192,  # 12 sequences: 1, 2 and 3 processes share them
     "max_steps": 12,
     "val": {"every": 4, "tokens": 512},
-    "sample": {"every": 6, "tokens": 4},
+    "sample": {"every": 6, "tokens": 4, "prompts": []},  # GPT-2's tokens do not fit into so small a vocabulary
     "checkpoint": {"every": 4},
+}
+WHOLE_VOCABULARY: dict[str, Any] = {
+    "model": {**CONFIG["model"], "vocab_size": 50_257},
+    "sample": {"every": 6, "tokens": 4, "prompts": ["", "The"]},
 }
 TIMES = ("time", "train/step_ms", "train/tokens_per_second")
 
 
-def make_shards(store: Path, tokens: int = 4000, seed: int = 0) -> Request:
+def make_shards(store: Path, tokens: int = 4000, seed: int = 0, *, eot: bool = False) -> Request:
     """A finished tokenize stage whose text is a noisy cycle of 32 tokens, so that there is something to learn."""
     rng = np.random.default_rng(seed)
     stream = (np.arange(tokens) % 32) * 7
     stream = np.where(rng.random(tokens) < 0.1, rng.integers(0, 224, tokens), stream)
-    stream[::100] = EOT
-    request = Request(stage="tokenize", version=1, config={"seed": seed, "tokens": tokens})
+    if eot:
+        stream[::100] = EOT
+    request = Request(stage="tokenize", version=1, config={"seed": seed, "tokens": tokens, "eot": eot})
     directory = prepare(request, Runtime(store=store))
     entries = []
     splits = (("val", stream[:600]), ("train", stream[600:2000]), ("train", stream[2000:]))
@@ -48,8 +52,13 @@ def make_shards(store: Path, tokens: int = 4000, seed: int = 0) -> Request:
             shard.write(part.astype(np.uint16))
         entries.append(ShardEntry(path=path, split=split, tokens=len(part)))  # type: ignore[arg-type]
     facts = TokenizeFacts(
-        tokenizer="gpt2", backend="none", documents=None, train_tokens=tokens - 600, val_tokens=600, shards=tuple(entries)
-    )  # fmt: skip
+        tokenizer="gpt2",
+        backend="none",
+        documents=None,
+        train_tokens=tokens - 600,
+        val_tokens=600,
+        shards=tuple(entries),
+    )
     StageDir(directory).finish([entry.path for entry in entries], facts)
     return request
 
@@ -78,8 +87,29 @@ def command(directory: Path, processes: int = 1, module: str = "gpt2.train") -> 
     return [*start, module, str(directory)]
 
 
+def faulty(directory: Path, processes: int, cause: str, phase: str, rank: int, step: int = 5) -> list[str]:
+    """The command of a run that is struck by a fault."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [
+        *start,
+        str(Path(__file__).with_name("faulty_train.py")),
+        str(directory),
+        cause,
+        phase,
+        str(rank),
+        str(step),
+    ]
+
+
 def start(directory: Path, processes: int = 1, words: list[str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONUNBUFFERED": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+    }
     return subprocess.Popen(
         words or command(directory, processes), env=environment, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, start_new_session=True, **options,
@@ -108,6 +138,11 @@ def result(directory: Path) -> dict[str, Any]:
     }
 
 
+def steps(directory: Path) -> list[int]:
+    """Of the checkpoints that are there."""
+    return sorted(int(path.name.removeprefix("step_")) for path in (directory / "checkpoints").glob("step_*"))
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """A .jsonl file without what depends on the clock."""
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -122,17 +157,3 @@ def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
         assert not different, f"{kind} differ: {different[:3]}"
     for kind in ("metrics", "samples", "losses"):
         assert a[kind] == b[kind], f"{kind} differ"
-
-
-__all__ = [
-    "REQUEST",
-    "assert_same",
-    "command",
-    "lines",
-    "make_run",
-    "make_shards",
-    "result",
-    "run",
-    "set_runtime",
-    "start",
-]
