@@ -259,8 +259,8 @@ def compare(files: list[Path], scratch: Path, workers: int, repeat: int) -> str:
     cpu_ratio = theirs.cpu_seconds / ours.cpu_seconds
     lines += [
         "",
-        f"Ratio: **{theirs.seconds / ours.seconds:.1f}**, of processor time {cpu_ratio:.1f}. {listing:.1f} s of the plain "
-        f"method went into lists of whole shards; without them the ratio is {without:.1f}.",
+        f"Ratio: **{theirs.seconds / ours.seconds:.1f}**, of processor time {cpu_ratio:.1f}. {listing:.1f} s of the "
+        f"plain method went into lists of whole shards; without them the ratio is {without:.1f}.",
         "",
         "Costs on one core, ms a MB of text:",
         "",

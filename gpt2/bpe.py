@@ -1,6 +1,6 @@
 """The fast encoder: gpt2/bpe.c, compiled where it runs, and used only as long as it agrees with tiktoken.
 
-Its tables are taken from tiktoken at every start; before it is used it has to give tiktoken's tokens for a sample of
+Its tables are taken from tiktoken; before it is used, at every start, it has to give tiktoken's tokens for a sample of
 difficult text; and while it works, tiktoken encodes about a thousandth of the text again. Where there is no compiler,
 or the sample differs, tiktoken does the work: the same bytes, more slowly.
 """
@@ -15,6 +15,7 @@ import random
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 from functools import cache
 from pathlib import Path
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from gpt2.bpe_tables import tables, vocabulary
-from gpt2.corpus import Batch
+from gpt2.bpe_tables import kept_tables, vocabulary
+from gpt2.corpus import BATCH_BYTES, Batch
 from gpt2.encoder import Encoder, TiktokenEncoder
 from gpt2.errors import UserError
 from gpt2.shards import TOKEN, Tokens
@@ -35,6 +36,7 @@ FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 SLACK = 16  # ids that bpe_encode may write past the last one
 CHECKED_SHARE = 1 / 1000
+BUFFERS = 24  # of a thread, more than its results that may be waiting to be written
 ERRORS = {-1: "memory ran out", -2: "it is 4 GiB or longer without white space"}
 
 
@@ -133,7 +135,7 @@ class Kernel:
         self.name = "bpe.c"
         self._code = library()
         self._local = threading.local()
-        self._kept = tables(encoding)  # bpe.c reads the classes where they are
+        self._kept = kept_tables(encoding)  # bpe.c reads the classes where they are
         classes, byte_ids, pairs, merged = (np.ascontiguousarray(table) for table in self._kept)
         self._kept = self._kept._replace(classes=classes)
         handle = self._code.bpe_tables_new(
@@ -158,12 +160,8 @@ class Kernel:
         if not hasattr(local, "worker"):
             local.worker = _Owned(self._code.bpe_worker_new(self._tables.handle), self._code.bpe_worker_free)
             local.worker.keep = self._tables
-            local.out = np.empty(0, dtype=TOKEN)
-        room = n_bytes + len(batch) + SLACK
-        # Kept from batch to batch, for its pages are touched only as far as they are used; not so for a giant.
-        out = local.out if len(local.out) >= room else np.empty(room, dtype=TOKEN)
-        if room <= 1 << 25:
-            local.out = out
+            local.buffers = []
+        out = _buffer(local.buffers, n_bytes + len(batch) + SLACK)
         count = self._code.bpe_encode(
             local.worker.handle,
             batch.data.ctypes.data,
@@ -174,7 +172,23 @@ class Kernel:
         )
         if count < 0:
             raise UserError(f"a document of {np.diff(batch.offsets).max():,} bytes cannot be encoded: {ERRORS[count]}")
-        return out[:count].copy()
+        return out[:count]
+
+
+def _buffer(buffers: list[Tokens], room: int) -> Tokens:
+    """An array of at least `room` ids of which nobody holds a part any more. Its pages are touched only as far as they
+    are used, and then used again: fresh ones would cost as much as a copy."""
+    for index in range(len(buffers)):
+        if sys.getrefcount(buffers[index]) == _IDLE and len(buffers[index]) >= room:
+            return buffers[index]
+    buffer = np.empty(max(room, 3 * BATCH_BYTES), dtype=TOKEN)
+    if len(buffers) < BUFFERS and room <= 3 * BATCH_BYTES:
+        buffers.append(buffer)
+    return buffer
+
+
+_ALONE = [np.empty(0, dtype=TOKEN)]
+_IDLE = sys.getrefcount(_ALONE[0])  # of an array that only a list holds
 
 
 class _Owned:
