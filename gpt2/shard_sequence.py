@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,8 @@ from gpt2.shards import HEADER_BYTES, TOKEN, ShardWriter, Tokens, read_header
 
 FOLDER = "shards"
 PROGRESS = "progress.json"
+AT_ONCE = 4
+"""full shards on their way to disk: what a kill may cost, with the one that is being written"""
 
 
 class Place(Section):
@@ -111,9 +114,9 @@ class ShardSequence:
         self._limits = first, others
         self._writer: ShardWriter | None = None
         self._skipped: list[Skipped] = []
-        # A shard is brought to disk while the next one is being written; one at a time.
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
-        self._pending: Future[WholeShard] | None = None
+        # Full shards are brought to disk and hashed while the next ones are being written.
+        self._disk = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="disk")
+        self._pending: deque[Future[WholeShard]] = deque()
         self.shards = list(self._kept())
         self.start = self.shards[-1].end if self.shards else Place()
         self._before = sum(shard.tokens for shard in self.shards)  # of the shard that is being written
@@ -143,6 +146,8 @@ class ShardSequence:
         if known <= 0:
             self._skipped += skipped
         position = max(known, 0)
+        while self._pending and self._pending[0].done():
+            self._record()
         while position < len(tokens):
             if self._writer is None:
                 self._writer = ShardWriter(self._folder.local(shard_name(self._prefix, self._number)))
@@ -161,7 +166,8 @@ class ShardSequence:
         """
         if self._writer is not None:
             self._whole(Place(unit=units))
-        self._wait()
+        while self._pending:
+            self._record()
         self._disk.shutdown()
         if self._skipped and self.shards:  # what was met after the last token
             last = self.shards[-1]
@@ -171,7 +177,8 @@ class ShardSequence:
     def discard(self) -> None:
         """After an error: give up the shard that is not whole, keep the others."""
         try:
-            self._wait()
+            while self._pending:
+                self._record()
         finally:
             self._disk.shutdown()
             if self._writer is not None:
@@ -179,10 +186,11 @@ class ShardSequence:
 
     def _whole(self, end: Place) -> None:
         assert self._writer is not None
-        self._wait()
+        if len(self._pending) == AT_ONCE:
+            self._record()
         writer, self._writer = self._writer, None
         skipped, self._skipped = tuple(self._skipped), []
-        self._pending = self._disk.submit(self._to_disk, writer, self._number, end, skipped)
+        self._pending.append(self._disk.submit(self._to_disk, writer, self._number, end, skipped))
         self._before += writer.tokens
         self._number += 1
 
@@ -197,13 +205,12 @@ class ShardSequence:
             skipped=skipped,
         )
         self._folder.keep(shard.path)
-        self._folder.write_progress(Progress(plan=self._plan, shards=(*self.shards, shard)))
         return shard
 
-    def _wait(self) -> None:
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self.shards.append(pending.result())
+    def _record(self) -> None:
+        """Wait for the oldest of the shards that are on their way to disk, and write it down."""
+        self.shards.append(self._pending.popleft().result())
+        self._folder.write_progress(Progress(plan=self._plan, shards=tuple(self.shards)))
 
     def _kept(self) -> Iterator[WholeShard]:
         """The shards of earlier runs that can be kept: of the same plan, and there with the right size."""
