@@ -218,8 +218,8 @@ def _end(
 
 # --------------------------------------------------------------------------------------------------------- failure
 
-_EXCEPTION = re.compile(r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning)\b.*)")
-_RANK_PREFIX = re.compile(r"^\[rank\d+\]: ?")
+_EXCEPTION = re.compile(r"^(?:\[rank\d+\]:? ?)?((?:\w+\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Warning)\b.*)")
+_RANK_PREFIX = re.compile(r"^\[rank\d+\]:? ?")
 
 
 def failure(status: int, tail: list[str]) -> StageFailed:
@@ -237,8 +237,10 @@ def failure(status: int, tail: list[str]) -> StageFailed:
         return StageFailed(told[-1])
     if status < 0 or status > 128:
         name = signal.Signals(-status if status < 0 else status - 128).name
+        if name in ("SIGTERM", "SIGINT"):  # somebody wanted it to end: starting it again would be defiance
+            return StageFailed(f"its process was asked to end by {name}; run the same command again to go on")
         hint = " (often the machine ran out of memory)" if name == "SIGKILL" else ""
-        return StageCrashed(f"its process was ended by {name}{hint}; run the same command again to go on")
+        return StageCrashed(f"its process was ended by {name}{hint}")
     own = tail[: next((i for i, line in enumerate(tail) if "torch.distributed.elastic" in line), len(tail))]
     raised = [match.group(1) for match in map(_EXCEPTION.match, own or tail) if match]
     if raised:

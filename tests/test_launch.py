@@ -1,7 +1,6 @@
 """A stage's process ends with whatever started it, and says in one sentence why it failed."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -245,6 +244,7 @@ def test_disjoint_gpus_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             pass
 
 
-def test_signals_have_names() -> None:
-    assert "SIGTERM" in str(launch.failure(-signal.SIGTERM, []))
-    assert "SIGSEGV" in str(launch.failure(139, []))
+def test_a_process_that_was_asked_to_end_is_not_started_again() -> None:
+    asked, crashed = launch.failure(143, ["[rank 0] ended by SIGTERM, everything is saved"]), launch.failure(139, [])
+    assert not isinstance(asked, launch.StageCrashed) and "asked to end by SIGTERM" in str(asked)
+    assert isinstance(crashed, launch.StageCrashed) and "SIGSEGV" in str(crashed)
