@@ -72,19 +72,21 @@ def configured(stage: StageDir) -> BenchmarkConfig:
     return ANY.validate_python(section)
 
 
-def prepare_files(kind: str, prompt: str, files: list[Path], directory: Path) -> None:
+def prepare_files(kind: str, prompt: str, files: list[Path], directory: Path, limit: int | None = None) -> None:
     """Prepare a benchmark from its own files into `directory`, outside of any store.
 
     Args:
         kind: hellaswag, lambada, arc, piqa, winogrande, wikitext103 or core.
         prompt: for HellaSwag "llm.c" (or empty) or "harness".
+        limit: only the first so many examples.
 
     Raises:
         UserError: no such kind, or files that are not of it.
     """
     section: dict[str, Any] = {"kind": kind, "source": {"kind": "local", "paths": [str(file) for file in files]}}
     try:
-        config = ANY.validate_python(section | ({"prompt": prompt} if prompt else {}))
+        options = ({"prompt": prompt} if prompt else {}) | ({"limit": limit} if limit else {})
+        config = ANY.validate_python(section | options)
     except ValidationError as error:
         raise UserError(f"benchmark {kind}{':' + prompt if prompt else ''}: {error.errors()[0]['msg']}") from error
     prepared = READERS[type(config)](config, files, gpt2_encoding().encode_ordinary)
