@@ -16,7 +16,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from statistics import median
 from types import FrameType
 
@@ -64,8 +65,14 @@ class Interruption:
 
     def saving_with(self, save: Callable[[], None] | None) -> None:
         """Set `safe`; waits while a save is running, which then ends the process."""
-        with self._lock:
+        with self.waiting():
             self.safe = save
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Signals wait inside, for what must not happen beside a save; as `saving_with`, waits for one."""
+        with self._lock:
+            yield
 
     def step_begins(self) -> None:
         self._began, self._reported = time.monotonic(), False

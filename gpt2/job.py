@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -194,8 +195,9 @@ class Job:
         """Begin to write a checkpoint if this step is to have one. Every process must call it."""
         step = self.progress.step
         if step and step != self._saved_step and is_due(self.config, step, self.config.checkpoint.every):
-            self._save()
-            self.interruption.saving_with(self.checkpoints.wait)
+            with self.interruption.waiting():  # two at once would write the same folder
+                self._save()
+                self.interruption.safe = self.checkpoints.wait
 
     def _save(self) -> None:
         snapshot = self._snapshot()
@@ -213,6 +215,8 @@ class Job:
         if self._saved_step != self.progress.step:
             self._save()
         self.checkpoints.wait()
+        if self.world.is_main:
+            self.world.tell("saved")
         self.world.barrier()  # whoever ends first makes torchrun end the others
         raise Interrupted(signal_number)
 
@@ -244,7 +248,7 @@ class Job:
         return verdict
 
     def _write_anomaly(self, step: int, verdict: Verdict, **more: int) -> None:
-        value = verdict.value if verdict.value == verdict.value and abs(verdict.value) != float("inf") else None
+        value = verdict.value if math.isfinite(verdict.value) else None  # JSON has no NaN
         self.records.anomaly(step, kind=verdict.kind, action=verdict.action, value=value, z=verdict.z, **more)
 
     def stop(self, verdict: Verdict) -> None:

@@ -7,6 +7,7 @@ are taken again, so no file ever says a thing twice or leaves a step out.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -42,9 +43,9 @@ class Records:
         self._metrics = MetricsWriter(self.directory / METRICS)
 
     def metrics(self, step: int, **metrics: float | None) -> None:
-        """One line of metrics.jsonl; figures that are not there are left out."""
+        """One line of metrics.jsonl; figures that are not there, or not finite (JSON has no NaN), are left out."""
         if self._metrics is not None:
-            there = {name: value for name, value in metrics.items() if value is not None}
+            there = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
             self._metrics.write(step, done=step, total=self.total, unit="steps", **there)
 
     def sample(self, step: int, prompt: str, text: str) -> None:

@@ -89,13 +89,16 @@ def finish(job: Job) -> None:
     state = read_state(job.directory.path / folder)
     lines = list(read_metrics(job.directory.path / METRICS))
     rate = statistics.median(line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line)
+    val_losses = [line["val/loss"] for line in lines if line["step"] == config.max_steps and "val/loss" in line]
+    if not val_losses:
+        raise UserError(f"the validation loss of the final weights in {job.directory.path} is not finite")
     name = device_name(world)
     facts = TrainFacts(
         steps=config.max_steps,
         tokens=config.max_steps * config.total_batch_size,
         n_params=config.model.n_params(),
         train_loss=statistics.fmean(state.losses[-max(1, config.max_steps // 100) :]),
-        val_loss=[line["val/loss"] for line in lines if "val/loss" in line][-1],
+        val_loss=val_losses[-1],
         train_seconds=state.train_seconds,
         total_seconds=job.total_seconds(),
         tokens_per_second=rate,
@@ -156,6 +159,8 @@ def main(arguments: list[str]) -> int:
             print(interrupted, file=sys.stderr, flush=True)
         return interrupted.status
     except BaseException as error:
+        if world is not None and world.heard("saved"):
+            return 143  # rank 0 saved after a signal and left; what broke here is that it is gone
         return report(error, world)
     return 0
 

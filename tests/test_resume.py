@@ -78,6 +78,7 @@ def test_an_interrupted_run_ends_like_one_that_was_not(matrix: Matrix, cause: st
         assert "a fault of this test" in case["output"][first:].split("Traceback")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_is_told_by_the_status(tmp_path: Path, number: int, status: int) -> None:
     """Bug: a pre-empted machine loses the steps since its last checkpoint, or looks as if it had finished or failed.
@@ -105,6 +106,7 @@ def test_a_signal_saves_and_is_told_by_the_status(tmp_path: Path, number: int, s
     assert len(result(whole)["samples"]) == 4
 
 
+@pytest.mark.slow
 def test_a_finished_stage_does_nothing_and_a_missing_manifest_is_made_again(tmp_path: Path) -> None:
     """Bug: a run killed between its last checkpoint and its manifest trains, validates or writes anything twice."""
     directory = make_run(tmp_path)
