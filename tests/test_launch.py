@@ -98,6 +98,13 @@ def test_cores_are_shared_among_the_processes(monkeypatch: pytest.MonkeyPatch) -
     assert launch.environment(STAGES["train"], Runtime(gpus=0, processes=3))["OMP_NUM_THREADS"] == "7"
 
 
+def test_freed_memory_is_kept_where_the_processor_trains(tmp_path: Path, four_gpus: None) -> None:
+    """Asking the kernel for the logits' memory anew at each step doubles the time of the step."""
+    assert launch.environment(STAGES["train"], Runtime(gpus=0))["MALLOC_MMAP_MAX_"] == "0"
+    assert "MALLOC_MMAP_MAX_" not in launch.environment(STAGES["train"], Runtime())
+    assert "MALLOC_MMAP_MAX_" not in launch.environment(STAGES["tokenize"], Runtime(gpus=0))
+
+
 def test_gpus_0_hides_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the one process of `gpus: 0` would train on GPU 0, without anybody holding it."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
