@@ -217,13 +217,13 @@ def default_text(folder: Path) -> Path:
     return path
 
 
-def compare(files: list[Path], scratch: Path, workers: int, repeat: int) -> str:
+def compare(files: list[Path], scratch: Path, workers: int, repeat: int, shard_tokens: int = 10_000_000) -> str:
     """Run both sides and describe them in Markdown.
 
     Raises:
         UserError: a side failed, or their shards differ.
     """
-    config = TokenizeConfig(shard_tokens=10_000_000)
+    config = TokenizeConfig(shard_tokens=shard_tokens)
     text_bytes = sum(text_size(file) for file in files)
     gpt2_encoding()
     names = [str(file.absolute()) for file in files]
@@ -289,7 +289,9 @@ def processor() -> str:
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt2.bench_tokenize")
-    parser.add_argument("files", nargs="*", type=Path, help="parquet files with a column `text`")
+    parser.add_argument(
+        "files", nargs="*", type=Path, help="parquet files with a column `text`, all with the same columns"
+    )
     parser.add_argument("--workers", type=int, default=min(2, cpu_count()), help="processes or threads of each side")
     parser.add_argument("--repeat", type=int, default=3, help="runs of this stage, of which the fastest counts")
     parser.add_argument("--plain", help=argparse.SUPPRESS)

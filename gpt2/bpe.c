@@ -47,7 +47,6 @@ typedef struct {
 
 #define SHORTS (1u << 19) /* 16 MiB a worker */
 #define LONGS (1u << 16)  /* 4 MiB */
-#define HUGE_PAGE (2u << 20)
 
 typedef struct {
     const Tables *tables;
@@ -57,6 +56,17 @@ typedef struct {
 } Worker;
 
 /* ------------------------------------------------------------------------------------------------------- tables */
+
+#define HUGE_PAGE (2u << 20)
+
+/* Memory that is read all over the place: in large pages where the system has them, which saves looking up addresses. */
+static void *scattered(size_t size) {
+    void *memory = aligned_alloc(HUGE_PAGE, (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+#ifdef MADV_HUGEPAGE
+    if (memory) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
 
 #define EMPTY UINT64_MAX
 
@@ -87,7 +97,7 @@ Tables *bpe_tables_new(const uint8_t *class_of, const uint16_t *byte_id, const u
     t->class_of = class_of;
     t->pair_mask = size - 1;
     memcpy(t->byte_id, byte_id, sizeof t->byte_id);
-    t->pairs = malloc(size * sizeof *t->pairs);
+    t->pairs = scattered(size * sizeof *t->pairs);
     if (!t->pairs) {
         bpe_tables_free(t);
         return NULL;
@@ -117,16 +127,12 @@ Worker *bpe_worker_new(const Tables *tables) {
     Worker *w = calloc(1, sizeof *w);
     if (!w) return NULL;
     w->tables = tables;
-    w->shorts = aligned_alloc(HUGE_PAGE, SHORTS * sizeof(Short));
-    w->longs = aligned_alloc(HUGE_PAGE, LONGS * sizeof(Long));
+    w->shorts = scattered(SHORTS * sizeof(Short));
+    w->longs = scattered(LONGS * sizeof(Long));
     if (!w->shorts || !w->longs) {
         bpe_worker_free(w);
         return NULL;
     }
-#ifdef MADV_HUGEPAGE
-    madvise(w->shorts, SHORTS * sizeof(Short), MADV_HUGEPAGE);
-    madvise(w->longs, LONGS * sizeof(Long), MADV_HUGEPAGE);
-#endif
     memset(w->shorts, 0, SHORTS * sizeof(Short));
     memset(w->longs, 0, LONGS * sizeof(Long));
     return w;
