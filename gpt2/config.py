@@ -253,8 +253,9 @@ class Runtime(Section):
         Literal["auto", "reference"], Field(description="reference: the plain path, no fused kernels")
     ] = "auto"
     deterministic: Annotated[
-        bool, Field(description="bit-equal weights when the same run is repeated or resumed on the same machine")
-    ] = True
+        bool | Auto,
+        Field(description="bit-equal when repeated or resumed on the same machine; auto: on a CPU, where it is free"),
+    ] = "auto"
     tokenize_workers: PositiveInt | Auto = "auto"
     tokenize_backend: Literal["auto", "tiktoken"] = "auto"
     cluster: Annotated[

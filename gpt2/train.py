@@ -13,6 +13,7 @@ import time
 import traceback
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -165,9 +166,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def set_determinism(wanted: bool) -> None:
-    """Have torch use only algorithms that give the same bits each time (and refuse those that have no such form)."""
+def set_determinism(wanted: bool | Literal["auto"]) -> None:
+    """Have torch use only algorithms that give the same bits each time (and refuse those that have no such form); by
+    "auto" where there is no GPU."""
+    wanted = not torch.cuda.is_available() if wanted == "auto" else wanted
     torch.use_deterministic_algorithms(wanted)
+    if wanted and torch.cuda.is_available():
+        from torch._inductor import config as inductor
+
+        if hasattr(inductor, "deterministic"):
+            inductor.deterministic = True  # else it picks kernels by how fast they were this time
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
 
 

@@ -170,7 +170,10 @@ class CudnnPackedAttention(Attention):
         if backward:
             o, do = (graph.tensor(name=name, dim=dim, stride=alone, data_type=bf16) for name in ("o", "do"))
             stats = graph.tensor(name="stats", dim=[B, nh, T, 1], stride=[nh * T, T, 1, 1], data_type=fp32)
-            gradients = graph.sdpa_backward(name="sdpa_backward", o=o, dO=do, stats=stats, **options)
+            gradients = graph.sdpa_backward(
+                name="sdpa_backward", o=o, dO=do, stats=stats,
+                use_deterministic_algorithm=torch.are_deterministic_algorithms_enabled(), **options,
+            )  # fmt: skip
             for gradient in gradients:
                 gradient.set_output(True).set_dim(dim).set_stride(packed).set_data_type(bf16)
             names = (q, k, v, o, stats, do, *gradients)
@@ -210,11 +213,16 @@ class CudnnFlash4Attention(CudnnPackedAttention):
 
 BACKENDS = {kind.name: kind for kind in (CudnnFlash4Attention, CudnnPackedAttention, CudnnAttention, FlashAttention)}
 
+DETERMINISTIC = ("cudnn-packed", "flash")
+"""whose backward pass can be told to give the same bits each time"""
+
 
 def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> Attention:
     """The backend that is quickest forward and backward at (B, T) on this GPU; the formula on a CPU.
 
-    Those that the GPU or the installation does not have are passed over; if all are, the formula is used.
+    Those that the GPU or the installation does not have are passed over; if all are, the formula is used. Where torch
+    is asked for deterministic algorithms, the first that works of those that have one: measurements are not the same
+    twice.
     """
     if device.type != "cuda":
         return Attention(n_head)
@@ -230,7 +238,10 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
 
     times: dict[str, float] = {}
     made: dict[str, Attention] = {}
+    exact = torch.are_deterministic_algorithms_enabled()
     for name, kind in BACKENDS.items():
+        if exact and (times or name not in DETERMINISTIC):
+            continue
         try:
             made[name] = kind(n_head)
             times[name] = milliseconds(both_ways(made[name]))

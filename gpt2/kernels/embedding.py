@@ -25,7 +25,8 @@ def forward(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor
 def backward_(dx: Tensor, idx: Tensor, dwte: Tensor, dwpe: Tensor) -> None:
     """Add the gradients of `forward` into `dwte` (V, C) and `dwpe` (block_size, C), fp32.
 
-    The order in which the GPU adds the rows of one token is not fixed, so the last bits may differ between runs.
+    The order in which the GPU adds the rows of one token is not fixed, so the last bits may differ between runs; where
+    torch is asked for deterministic algorithms its own backward pass is used, which sorts the tokens first.
 
     Args:
         dx: (B * T, C); idx: (B, T).
@@ -33,7 +34,10 @@ def backward_(dx: Tensor, idx: Tensor, dwte: Tensor, dwpe: Tensor) -> None:
     B, T = idx.shape
     C = dx.size(1)
     dwpe[:T] += dx.view(B, T, C).sum(0, dtype=dwpe.dtype)
-    if usable(dx):
+    if torch.are_deterministic_algorithms_enabled():
+        rows = dx.to(dwte.dtype)  # the sum is rounded to the type of what is summed
+        dwte += torch.ops.aten.embedding_dense_backward(rows, idx.flatten(), dwte.size(0), -1, False)
+    elif usable(dx):
         _embedding_backward[(B * T,)](dx, idx, dwte, C=C, BLOCK=triton.next_power_of_2(C), num_warps=2)
     else:
         dwte.index_add_(0, idx.flatten(), dx.to(dwte.dtype))
