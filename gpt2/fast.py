@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpt2.chunked import ChunkedLoss
 from gpt2.config import ModelConfig, Runtime
 from gpt2.kernels import attention, cross_entropy, cublaslt, embedding, layer_norm, linear, triton_or_none
 from gpt2.kernels.block import UNITS_KEPT, BlockFunction, Engine, Recompute, Weights, add_to, give, take
@@ -198,12 +199,14 @@ def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
     """The fastest path on this machine: a module (idx (B, T), targets (B, T)) -> mean loss over `model`'s parameters.
 
     FastGPT on a GPU that has bf16 (Ampere and later) and Triton; else the plain path, compiled on a GPU unless
-    runtime.compile is false. What stands in the way of the fast one is said once, on stderr.
+    runtime.compile is false; on a CPU, ChunkedLoss. What stands in the way of the fast one is said once, on stderr.
     """
     bf16 = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
     plain = Reference(model, device, bf16)
-    if device.type != "cuda" or runtime.kernels == "reference":
+    if runtime.kernels == "reference":
         return plain
+    if device.type != "cuda":
+        return plain if bf16 or runtime.sharding == "fsdp" else ChunkedLoss(model)
     obstacle = _obstacle(model, runtime, device, bf16)
     if obstacle is None:
         recompute: dict[bool | str, Recompute | None] = {True: "block", False: "none", "auto": None}
