@@ -1,0 +1,215 @@
+"""gpt2/evaluate.py and measure.py: the stage, alone on any folder, and the same on one process and on four."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_run import make_shards, run, start
+
+from gpt2 import benchmark
+from gpt2.checkpoint import save_model
+from gpt2.config import Continuation, EvaluateConfig, ModelConfig, Runtime
+from gpt2.distributed import SOLO
+from gpt2.evaluate import Scores, prepare_benchmarks, work
+from gpt2.manifest import EvaluateFacts, Request, TrainFacts, read_model, write_model
+from gpt2.measure import Measurement, digits, how
+from gpt2.metrics import read_metrics
+from gpt2.model import GPT
+from gpt2.plan import prepare
+from gpt2.stage import StageDir
+from gpt2.validation import val_loss
+
+FIXTURE = Path(__file__).parent / "fixtures/hellaswag_small.jsonl"
+TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=64)
+
+
+def tiny_model() -> GPT:
+    model = GPT(TINY)
+    model.init_weights(1)
+    with torch.no_grad():
+        model.transformer.wte.weight[: TINY.vocab_size] *= 20
+    return model.eval()
+
+
+def trained(store: Path, shards: Request, model: GPT) -> Request:
+    """A finished train stage with this model for its result."""
+    request = Request(stage="train", version=1, config={}, inputs={"shards": shards.address})
+    directory = prepare(request, Runtime(store=store))
+    save_model(directory / "checkpoints/step_00000001", model)
+    facts = TrainFacts(
+        steps=1, tokens=1, n_params=model.config.n_params(), train_loss=1.0, val_loss=1.0, train_seconds=1.0,
+        total_seconds=1.0, tokens_per_second=1.0, flops_per_token=1.0, mfu=None, device="cpu", world_size=1,
+        precision="fp32", checkpoint="checkpoints/step_00000001",
+    )  # fmt: skip
+    files = [f"checkpoints/step_00000001/{name}" for name in ("model.safetensors", "config.json")]
+    StageDir(directory).finish(files, facts)
+    return request
+
+
+def prepared(store: Path, shards: Request) -> Request:
+    """A finished benchmark stage over the shards' validation text."""
+    config = Continuation(examples=12, context_tokens=16, ending_tokens=8)
+    section = config.model_dump(mode="json", exclude={"optional"})
+    request = Request(stage="benchmark", version=1, config=section, inputs={"shards": shards.address})
+    benchmark.work(StageDir(prepare(request, Runtime(store=store))))
+    return request
+
+
+def evaluation(store: Path, *, val_tokens: int = 500, missing: tuple[str, ...] = (), **runtime: Any) -> Path:
+    """An evaluate stage's directory, ready to be started."""
+    shards = make_shards(store, tokens=4000, eot=True)
+    names = ("held-out", *missing)
+    config = EvaluateConfig(val_tokens=val_tokens, benchmarks=names)
+    request = Request(
+        stage="evaluate",
+        version=1,
+        config=config.model_dump(mode="json"),
+        inputs={
+            "model": trained(store, shards, tiny_model()).address,
+            "shards": shards.address,
+            "benchmark:held-out": prepared(store, shards).address,
+        },
+        hints={"skipped": dict.fromkeys(missing, "no network")},
+    )
+    return prepare(request, Runtime(store=store, gpus=0, **runtime))
+
+
+@pytest.fixture(autouse=True)
+def words_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny shards hold no words; any token may begin an ending."""
+    from gpt2.benchmarks import continuation
+
+    monkeypatch.setattr(continuation, "_begins_word", lambda: np.ones(1 << 16, bool))
+
+
+def test_the_stage_measures_and_says_what_it_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Would catch: figures of other tokens than asked for, a short validation shard that nobody hears of, and a
+    benchmark that is left out in silence."""
+    directory = evaluation(tmp_path, val_tokens=1000, missing=("arc-easy",))
+    work(StageDir(directory), SOLO)
+    facts = StageDir(directory).facts(EvaluateFacts)
+    shard = tmp_path / make_shards(tmp_path, tokens=4000, eot=True).address / "shards/tiny_val_000000.bin"
+    assert facts.val_tokens == 599 and facts.val_loss == val_loss(tiny_model(), [shard], 599, 64, SOLO).loss
+    assert list(facts.scores) == ["held-out"] and facts.scores["held-out"].examples == 12
+    assert facts.skipped == {"arc-easy": "no network"} and facts.precision == "fp32"
+    printed = capsys.readouterr().out
+    assert "599 tokens" in printed and "1,000 were asked for" in printed and "arc-easy: skipped, no network" in printed
+    scores = read_model(directory / "scores.json", Scores)
+    chosen = scores.benchmarks["held-out"].chosen["continuation"]
+    right = sum(a == b for a, b in zip(chosen.labels, chosen.by_sum, strict=True))
+    assert len(chosen.labels) == 12 and right / 12 == pytest.approx(facts.scores["held-out"].acc)
+    last = list(read_metrics(directory / "metrics.jsonl"))[-1]
+    assert last["done"] == last["total"]
+
+
+def test_what_is_measured_is_kept(tmp_path: Path) -> None:
+    """Would catch: an evaluation of hours that starts from nothing after a kill, or that takes over a figure of
+    another precision."""
+    directory = evaluation(tmp_path)
+    work(StageDir(directory), SOLO)
+    kept = directory / "measured/fp32/validation.json"
+    value = json.loads(kept.read_text())
+    kept.write_text(json.dumps(value | {"val_loss": 1.25}))  # a mark to know it by
+    (directory / "manifest.json").unlink()
+    work(StageDir(directory), SOLO)
+    assert StageDir(directory).facts(EvaluateFacts).val_loss == 1.25
+    runtime = Runtime(store=tmp_path, gpus=0, precision="bf16")
+    write_model(directory / "runtime.json", runtime)
+    work(StageDir(directory), SOLO)
+    facts = StageDir(directory).facts(EvaluateFacts)
+    assert facts.precision == "bf16" and facts.val_loss == pytest.approx(value["val_loss"], abs=0.05)
+
+
+def test_a_fresh_evaluation_has_the_same_bytes(tmp_path: Path) -> None:
+    """Would catch: time stamps or an order of dictionaries in scores.json."""
+    written = []
+    for name in ("a", "b"):
+        directory = evaluation(tmp_path / name)
+        work(StageDir(directory), SOLO)
+        written.append((directory / "scores.json").read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.slow
+def test_one_and_four_processes_give_the_same_numbers(tmp_path: Path) -> None:
+    """Would catch: rank 0's share taken for the whole, a process that waits for ever, and two of them writing."""
+    written = []
+    for processes in (1, 4):
+        directory = evaluation(tmp_path / str(processes), micro_batch_size=2)
+        command = [sys.executable, "-m", "gpt2.evaluate", str(directory)]
+        if processes > 1:
+            command[2:3] = [
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+                "-m",
+                "gpt2.evaluate",
+            ]
+        run(directory, words=command)
+        written.append((directory / "scores.json").read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.slow
+def test_alone_on_any_folder(tmp_path: Path) -> None:
+    """Would catch: an evaluation that only works inside a store, or gives other figures there; an error of the user's
+    that comes as a traceback."""
+    save_model(tmp_path / "model", tiny_model())
+    shards = make_shards(tmp_path, tokens=4000)
+    shard = tmp_path / shards.address / "shards/tiny_val_000000.bin"
+    out = tmp_path / "scores.json"
+    command = [
+        sys.executable, "-m", "gpt2.evaluate", "--folder", str(tmp_path / "model"), "--shards", str(shard),
+        "--benchmark", f"hellaswag={FIXTURE}", f"hellaswag:harness={FIXTURE}", "--device", "cpu", "--out", str(out),
+    ]  # fmt: skip
+    process = start(tmp_path, words=command)
+    printed, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, printed
+    scores = read_model(out, Scores)
+    assert scores.val_loss == val_loss(tiny_model(), [shard], 599, 64, SOLO).loss and scores.val_tokens == 599
+    assert {name: result.score.prompt for name, result in scores.benchmarks.items()} == {
+        "hellaswag": "llm.c",
+        "hellaswag:harness": "harness",
+    }
+    measured = Measurement(tiny_model(), SOLO, how(Runtime(), SOLO, 64))
+    directories = prepare_benchmarks([f"hellaswag={FIXTURE}"], tmp_path / "scratch")
+    assert measured.benchmark("hellaswag", directories["hellaswag"]) == scores.benchmarks["hellaswag"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    for wrong, message in (
+        (["--folder", str(tmp_path / "nothing")], "no such file or folder"),
+        (["--folder", str(tmp_path / "model"), "--benchmark", "hellaswg=x"], "'hellaswg'"),
+        (["--folder", str(tmp_path / "model"), "--benchmark", "hellaswag"], "names no benchmark"),
+    ):
+        failed = subprocess.run(
+            [sys.executable, "-m", "gpt2.evaluate", *wrong],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert failed.returncode == 2 and failed.stderr.startswith("error: ") and message in failed.stderr
+        assert "Traceback" not in failed.stderr
+
+
+def test_an_unfinished_input_says_so(tmp_path: Path) -> None:
+    """Would catch: figures of a training that is still going on."""
+    from gpt2.errors import UserError
+
+    directory = evaluation(tmp_path)
+    stage = StageDir(directory)
+    (tmp_path / stage.request.inputs["model"] / "manifest.json").unlink()
+    with pytest.raises(UserError, match="is not finished"):
+        work(StageDir(directory), SOLO)
+
+
+def test_digits() -> None:
+    """Would catch: the tenth answer written as two characters, which shifts every example after it."""
+    assert digits(np.array([3, 0, 9, 10, 11], np.int16)) == "309ab" and digits(None) == ""
