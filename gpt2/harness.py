@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,6 +117,7 @@ class _Harness(NamedTuple):
     manager: Any
 
 
+@cache
 def _harness() -> _Harness:
     try:
         import lm_eval
