@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 CONF   ?= 124m
 ARGS   ?=
+export MODEL ?=
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -65,8 +66,14 @@ bench-tokenize: $(BIN)/.installed ## tokens/s beside the plain method
 bench-train: $(BIN)/.installed ## tokens/s and MFU; ARGS='--size 350m --check'
 	$(BIN)/python -m gpt2.bench_train $(ARGS)
 
-sample: $(BIN)/.installed ## text from a trained model: make sample PROMPT="..." [CONF=124m]
-	$(BIN)/python -m gpt2.sample "$(or $(MODEL),$(shell $(BIN)/python -m gpt2.plan $(CONF) --checkpoint))" --prompt "$(PROMPT)" $(ARGS)
+# the folder of a finished model: MODEL if given, else that of CONF
+CHECKPOINT = $${MODEL:-$$($(BIN)/python -m gpt2.plan $(CONF) --checkpoint)}
+
+sample: $(BIN)/.installed ## text from a trained model: make sample PROMPT="..." [CONF=124m | MODEL=folder]
+	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.sample "$$model" --prompt "$(PROMPT)" $(ARGS)
+
+export: $(BIN)/.installed ## a trained model as a Hugging Face folder: make export OUT=folder [CONF=124m | MODEL=folder]
+	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.export "$$model" "$(OUT)" $(ARGS)
 
 clean: ## remove the environment and caches; the store stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
