@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
+from gpt2.config import ModelConfig, Runtime, TrainConfig
 from gpt2.distributed import SOLO, World
 from gpt2.errors import UserError
 from gpt2.fast import FastGPT, accelerate, activation_bytes
@@ -121,7 +121,7 @@ def kinds_of_work(run: Callable[[], object]) -> dict[str, float]:
 
 
 def micro_batch_that_fits(config: TrainConfig, device: torch.device) -> int:
-    """The largest power of two of sequences, at most 128, whose activations fit beside the weights and AdamW's state."""
+    """The largest power of two of sequences, at most 128, that fits beside the weights and AdamW's state."""
     if device.type != "cuda":
         return 1
     free = torch.cuda.mem_get_info(device)[0] - 18 * config.model.n_params() - (2 << 30)
@@ -142,34 +142,52 @@ def real_batches(path: Path, config: ModelConfig, sequences: int, device: torch.
             yield part[:-1].view(sequences, -1), part[1:].view(sequences, -1)
 
 
-def losses_of(config: TrainConfig, runtime: Runtime, device: torch.device, path: Path, micro: int) -> list[float]:
-    """The loss of every step of a run over the tokens of `path`."""
+def shard_in_store(store: Path) -> Path | None:
+    """The first training shard of the largest there is in a store, or None."""
+    found = sorted(store.glob("tokenize/*/shards/*_train_000001.bin"), key=lambda path: path.stat().st_size)
+    return found[-1] if found else None
+
+
+def losses_of(
+    config: TrainConfig, runtime: Runtime, device: torch.device, path: Path, micro: int, steps: int
+) -> list[float]:
+    """The losses of the first `steps` steps of a run of `config` over the tokens of `path`."""
     loop = Loop(config, runtime, device, micro)
     batches = real_batches(path, config.model, config.sequences_per_step, device)
-    losses = [loop.step(step, next(batches)) for step in range(config.max_steps)]
+    losses = [loop.step(step, next(batches)) for step in range(steps)]
     return torch.stack(losses).tolist()
 
 
-def check(config: TrainConfig, runtime: Runtime, device: torch.device, path: Path, micro: int) -> dict[str, float]:
+def check(
+    config: TrainConfig, runtime: Runtime, device: torch.device, path: Path, micro: int, steps: int, floor: bool = False
+) -> dict[str, float]:
     """Train on the plain path and on `runtime`'s, from the same weights over the same tokens, and compare.
 
+    Args:
+        floor: also compare the plain path with itself at half the micro-batch, where nothing but rounding differs: what
+            of a difference is to be expected from nothing.
+
     Returns:
-        mean signed and largest absolute difference over all steps, and the mean over the last quarter, in nats.
+        differences over the steps, in nats: mean, mean of the last quarter, mean and largest without sign.
     """
-    plain_runtime = runtime.model_copy(update={"kernels": "reference"})
-    plain = losses_of(config, plain_runtime, device, path, micro)
-    torch.cuda.empty_cache()
-    fast = losses_of(config, runtime, device, path, micro)
-    differences = [b - a for a, b in zip(plain, fast, strict=True)]
-    last = differences[-len(differences) // 4 :]
+    plain_runtime = runtime.model_copy(update={"kernels": "reference", "compile": False})
+    plain = losses_of(config, plain_runtime, device, path, micro, steps)
+    fast = losses_of(config, runtime, device, path, micro, steps)
+    figures = {"first plain loss": plain[0], "last plain loss": plain[-1], "last fast loss": fast[-1]}
+    figures |= difference(plain, fast, "")
+    if floor:
+        halved = losses_of(config, plain_runtime, device, path, max(1, micro // 2), steps)
+        figures |= difference(plain, halved, "plain against itself: ")
+    return figures
+
+
+def difference(plain: list[float], other: list[float], label: str) -> dict[str, float]:
+    signed = [b - a for a, b in zip(plain, other, strict=True)]
     return {
-        "first plain loss": plain[0],
-        "last plain loss": plain[-1],
-        "last fast loss": fast[-1],
-        "mean difference": statistics.fmean(differences),
-        "mean of the last quarter": statistics.fmean(last),
-        "mean absolute difference": statistics.fmean(map(abs, differences)),
-        "largest absolute difference": max(map(abs, differences)),
+        f"{label}mean difference": statistics.fmean(signed),
+        f"{label}mean of the last quarter": statistics.fmean(signed[-max(1, len(signed) // 4) :]),
+        f"{label}mean without sign": statistics.fmean(map(abs, signed)),
+        f"{label}largest": max(map(abs, signed)),
     }
 
 
@@ -180,12 +198,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--compile", action="store_true", help="with --kernels reference: torch.compile it")
     parser.add_argument("--micro-batch-size", type=int, help="sequences; default: the largest that fits, at most 128")
     parser.add_argument("--total-batch-size", type=int, help="tokens a step; default: the recipe's")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps; 0: none")
     parser.add_argument("--check", action="store_true", help="compare the loss with the plain path over 200 steps")
     parser.add_argument("--check-steps", type=int, default=CHECK_STEPS)
-    parser.add_argument("--tokens", type=Path, help="a token shard (*.bin) of real text, for --check")
+    parser.add_argument("--check-batch-size", type=int, default=CHECK_TOKENS, help="tokens a step in --check")
+    parser.add_argument("--floor", action="store_true", help="with --check: the plain path against itself as well")
+    parser.add_argument(
+        "--tokens", type=Path, help="a token shard (*.bin) of text, for --check; default: one in the store"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args(argv)
+    if arguments.check and arguments.tokens is None:
+        arguments.tokens = shard_in_store(Runtime().store)
     if arguments.check and arguments.tokens is None:
         parser.error(
             "--check needs --tokens SHARD.bin, a token shard of real text (python -m gpt2.plan tells where yours lie)"
@@ -195,19 +219,19 @@ def main(argv: list[str] | None = None) -> int:
     config = load(arguments.size, overrides).train
     runtime = Runtime(kernels=arguments.kernels, compile=True if arguments.compile else "auto")
     micro = arguments.micro_batch_size or micro_batch_that_fits(config, device)
-    figures = speed(config, runtime, device, micro, arguments.steps)
-    tokens_per_second = figures["tokens/s"]
-    if arguments.size in LLMC and device.type == "cuda":
-        figures["ratio to llm.c"] = tokens_per_second / LLMC[arguments.size]
     print(f"GPT-2 {arguments.size} on {device_name(device)}, torch {torch.__version__}, micro-batch {micro}")
-    show(figures)
+    figures: dict[str, float] = {}
+    if arguments.steps:
+        figures = speed(config, runtime, device, micro, arguments.steps)
+        if arguments.size in LLMC and device.type == "cuda":
+            figures["ratio to llm.c"] = figures["tokens/s"] / LLMC[arguments.size]
+        show(figures)
     passed = True
     if arguments.check:
-        optim = OptimConfig(max_lr=config.optim.max_lr, warmup_steps=min(50, arguments.check_steps // 2))
-        short = config.model_copy(
-            update={"optim": optim, "max_steps": arguments.check_steps, "total_batch_size": CHECK_TOKENS}
-        )
-        compared = check(short, runtime, device, arguments.tokens, min(micro, 16))
+        # by the recipe's own schedule: docs/speed.md says what a shorter warm-up does
+        short = config.model_copy(update={"total_batch_size": arguments.check_batch_size})
+        micro = min(micro, 16, short.sequences_per_step)
+        compared = check(short, runtime, device, arguments.tokens, micro, arguments.check_steps, arguments.floor)
         show(compared)
         figures |= compared
         passed = (

@@ -191,7 +191,7 @@ class CudnnPackedAttention(Attention):
 
 
 class CudnnFlash4Attention(CudnnPackedAttention):
-    """cuDNN forward, FlashAttention-4 (flash-attn-4) backward: on an H100, with heads of 64, each is the quicker one."""
+    """cuDNN forward, FlashAttention-4 (flash-attn-4) backward: each was the quicker one on an H100, heads of 64."""
 
     name = "cudnn+flash4"
 
@@ -238,14 +238,23 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
 
     times: dict[str, float] = {}
     made: dict[str, Attention] = {}
+    known = both_ways(FlashAttention(n_head))()  # in every torch with CUDA, and the longest in use
     exact = torch.are_deterministic_algorithms_enabled()
     for name, kind in BACKENDS.items():
         if exact and (times or name not in DETERMINISTIC):
             continue
         try:
             made[name] = kind(n_head)
+            _agree(both_ways(made[name])(), known)
             times[name] = milliseconds(both_ways(made[name]))
         except Exception as error:  # whatever an absent or unfit library raises: the next one is tried
             if not isinstance(error, ImportError):
                 print(f"attention by {name} does not work here: {str(error).splitlines()[0]}", file=sys.stderr)
     return made[min(times, key=times.__getitem__)] if times else Attention(n_head)
+
+
+def _agree(gradient: Tensor, known: Tensor) -> None:
+    """Libraries change under us: one whose gradients are not those of another is not used, however fast it is."""
+    error = float((gradient.float() - known.float()).norm() / known.float().norm())
+    if not error < 0.02:  # bf16 itself makes about 0.003
+        raise RuntimeError(f"its gradients differ from FlashAttention-2's by {error:.1e} of their norm")

@@ -74,7 +74,8 @@ def backward(
     block = triton.next_power_of_2(C)
     _layer_norm_backward[(programs,)](
         dy, dy if residual is None else residual, x, mean, rstd, weight, rstd if scale is None else scale, dx, partial,
-        N, C=C, BLOCK=block, STAGES=3, RESIDUAL=residual is not None, SCALE=scale is not None, num_warps=max(block // 512, 1),
+        N, C=C, BLOCK=block, STAGES=3, RESIDUAL=residual is not None, SCALE=scale is not None,
+        num_warps=max(block // 512, 1),
     )  # fmt: skip
     dweight, dbias, dx_sum = partial.sum(0)
     return dx, dweight, dbias, dx_sum
