@@ -120,8 +120,9 @@ class GPT(nn.Module):
             (logits (B, T, vocab_size), None) without targets; (None, loss in nats) with.
         """
         x = self.hidden(idx)  # (B, T, C)
-        # the product is over the padded rows, whose width suits the matrix units; then only real tokens are kept
-        logits = F.linear(x, self.transformer.wte.weight)[..., : self.config.vocab_size]  # (B, T, V)
+        weight, V = self.transformer.wte.weight, self.config.vocab_size
+        # A GPU's matrix units want the padded width, and then the padding is cut off; a CPU is spared that copy.
+        logits = F.linear(x, weight)[..., :V] if x.is_cuda else F.linear(x, weight[:V])  # (B, T, V)
         if targets is None:
             return logits, None
         loss = F.cross_entropy(

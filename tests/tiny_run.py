@@ -103,10 +103,12 @@ def faulty(directory: Path, processes: int, cause: str, phase: str, rank: int, s
     ]
 
 
-def start(directory: Path, processes: int = 1, words: list[str] | None = None, **options: Any) -> subprocess.Popen[str]:
+def start(
+    directory: Path, processes: int = 1, words: list[str] | None = None, *, gpu: bool = False, **options: Any
+) -> subprocess.Popen[str]:
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
+        **({} if gpu else {"CUDA_VISIBLE_DEVICES": ""}),
         "PYTHONUNBUFFERED": "1",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
     }
@@ -116,10 +118,10 @@ def start(directory: Path, processes: int = 1, words: list[str] | None = None, *
     )  # fmt: skip
 
 
-def run(directory: Path, processes: int = 1, expect: int | None = 0, **options: Any) -> str:
+def run(directory: Path, processes: int = 1, expect: int | None = 0, timeout: float = 120, **options: Any) -> str:
     """Start the stage and wait for it; what it printed."""
     process = start(directory, processes, **options)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=timeout)
     assert expect is None or process.returncode == expect, f"status {process.returncode}:\n{output}"
     return output
 
