@@ -19,10 +19,13 @@ from gpt2.benchmark_config import BenchmarkConfig, Continuation, HellaSwag  # no
 from gpt2.source_config import (  # noqa: F401
     CorpusSource,
     HubFiles,
+    HubModel,
     HubShards,
     InstalledDocs,
     LocalFiles,
+    LocalModel,
     LocalShards,
+    ModelSource,
     Section,
 )
 
@@ -221,6 +224,9 @@ class RunConfig(Section):
     benchmarks: dict[str, BenchmarkConfig] = {}
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    baselines: Annotated[
+        dict[str, ModelSource], Field(description="models of others, by a name for people, to be measured as ours is")
+    ] = {}
     report: ReportConfig
 
     @model_validator(mode="after")

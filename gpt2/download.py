@@ -34,7 +34,7 @@ def work(stage: StageDir) -> None:
 
 def origin(identity: dict[str, Any], hints: dict[str, Any]) -> str:
     """Where the files come from, for people."""
-    if identity["kind"] in ("hub", "hub-shards"):
+    if identity["kind"] in ("hub", "hub-shards", "hub-model"):
         return f"{identity['repo']}@{identity['revision']}"
     if identity["kind"] == "installed-docs":
         return f"documentation of {hints['installation']}"

@@ -22,7 +22,7 @@ from gpt2.config import EvaluateConfig, Runtime
 from gpt2.distributed import World, join, leave, locate
 from gpt2.errors import UserError
 from gpt2.examples import DESCRIPTION
-from gpt2.manifest import EvaluateFacts, Score, TrainFacts, write_model
+from gpt2.manifest import EvaluateFacts, PretrainedFacts, Score, TrainFacts, write_model
 from gpt2.measure import Measurement, Result, how
 from gpt2.metrics import MetricsWriter
 from gpt2.pretrained import load_any
@@ -139,7 +139,7 @@ def model_folder(stage: StageDir) -> Path:
     """The weights of a finished stage that has some."""
     manifest = stage.manifest
     facts = manifest.facts if manifest is not None else None
-    if not isinstance(facts, TrainFacts):
+    if not isinstance(facts, TrainFacts | PretrainedFacts):
         raise UserError(f"{stage.path} holds no model: run the whole flow again")
     return stage.path / facts.checkpoint
 

@@ -12,7 +12,7 @@ import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 from huggingface_hub import constants, get_session
@@ -58,13 +58,17 @@ class Listing(Section):
     repo: str
     revision: str
     files: tuple[HubFile, ...]
+    kind: Literal["datasets", "models"] = "datasets"
 
 
 class Hub:
-    """One data set at one commit, as HF_ENDPOINT and HF_TOKEN say."""
+    """One data set (or model) at one commit, as HF_ENDPOINT and HF_TOKEN say."""
 
-    def __init__(self, repo: str, revision: str, patience: Patience) -> None:
+    def __init__(
+        self, repo: str, revision: str, patience: Patience, kind: Literal["datasets", "models"] = "datasets"
+    ) -> None:
         self.repo = repo
+        self.kind = kind
         self.revision = revision
         self.patience = patience
         self.endpoint = constants.ENDPOINT
@@ -98,10 +102,10 @@ class Hub:
                         f"takes {', '.join(formats)}"
                     )
                 chosen[file.path] = file
-        return Listing(repo=self.repo, revision=self.revision, files=tuple(chosen.values()))
+        return Listing(repo=self.repo, revision=self.revision, files=tuple(chosen.values()), kind=self.kind)
 
     def _tree(self, folder: str, recursive: bool) -> list[HubFile]:
-        url = f"{self.endpoint}/api/datasets/{self.repo}/tree/{self.revision}"
+        url = f"{self.endpoint}/api/{self.kind}/{self.repo}/tree/{self.revision}"
         url += "/" + quote(folder, safe="") if folder else ""
         query = f"recursive={recursive}&expand=False"
         files = []
@@ -137,7 +141,8 @@ class Hub:
     def stream(self, file: HubFile, start: int) -> Iterator[tuple[int, bytes]]:
         """The file's bytes from `start` on as (offset, chunk). The offset begins at 0 where the server does not know
         ranges, or says that the file ends before `start`."""
-        url = f"{self.endpoint}/datasets/{self.repo}/resolve/{self.revision}/{quote(file.path)}"
+        folder = "datasets/" if self.kind == "datasets" else ""  # the addresses of models have no such part
+        url = f"{self.endpoint}/{folder}{self.repo}/resolve/{self.revision}/{quote(file.path)}"
         headers = self.headers | ({"Range": f"bytes={start}-"} if start else {})
         with get_session().stream("GET", url, headers=headers, timeout=self.timeout, follow_redirects=True) as response:
             if response.status_code == 416:
@@ -155,7 +160,8 @@ class Hub:
         if isinstance(error, GatedRepoError):
             return f"{at} is open only to those who agreed to its terms: do so on its page, then set HF_TOKEN"
         if isinstance(error, RepositoryNotFoundError):
-            return f"there is no data set {at}, or it is private: correct the source's repo, or set HF_TOKEN"
+            what = {"datasets": "data set", "models": "model"}[self.kind]
+            return f"there is no {what} {at}, or it is private: correct the source's repo, or set HF_TOKEN"
         if isinstance(error, RevisionNotFoundError):
             return f"{at} has no revision {self.revision}: correct the source's revision"
         if isinstance(error, EntryNotFoundError):

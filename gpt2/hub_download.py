@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import constants
 
 from gpt2.atomic import fsync_dir
-from gpt2.config import HubFiles, HubShards
+from gpt2.config import HubFiles, HubModel, HubShards
 from gpt2.errors import UserError
 from gpt2.hub import HTTPError, Hub, HubFile, Listing
 from gpt2.manifest import read_model, write_model
@@ -30,7 +30,7 @@ WRONG_BYTES_LIMIT = 3  # whole downloads of one file with the wrong hash
 
 
 def download(
-    source: HubFiles | HubShards,
+    source: HubFiles | HubShards | HubModel,
     formats: tuple[str, ...],
     directory: Path,
     *,
@@ -53,7 +53,8 @@ def download(
     (directory / "data").mkdir(parents=True, exist_ok=True)
     listing_path = directory / LISTING
     if not listing_path.exists():
-        write_model(listing_path, Hub(source.repo, source.revision, patience).listing(source.files, formats))
+        hub = Hub(source.repo, source.revision, patience, "models" if isinstance(source, HubModel) else "datasets")
+        write_model(listing_path, hub.listing(source.files, formats))
     return _Download(read_model(listing_path, Listing), directory, workers, patience).run(progress)
 
 
@@ -78,7 +79,7 @@ class _Download:
         self.listing = listing
         self.directory = directory
         self.workers = workers
-        self.hub = Hub(listing.repo, listing.revision, patience)
+        self.hub = Hub(listing.repo, listing.revision, patience, listing.kind)
         self.patience = patience
         self.stop = threading.Event()
         self.received = [0] * len(listing.files)  # bytes on disk, by file; each worker writes its own only

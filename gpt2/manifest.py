@@ -147,6 +147,15 @@ class TrainFacts(Section):
     """relative path of the final checkpoint's folder"""
 
 
+class PretrainedFacts(Section):
+    """Of weights that others trained, fetched to be measured."""
+
+    stage: Literal["pretrained"] = "pretrained"
+    origin: str
+    checkpoint: str
+    """relative path of the folder that holds config.json and the weights"""
+
+
 class Score(Section):
     """What one benchmark gave. A figure that its form of question does not have is None; `figures` leaves those out."""
 
@@ -196,7 +205,7 @@ class ReportFacts(Section):
 
 
 Facts = Annotated[
-    DownloadFacts | TokenizeFacts | BenchmarkFacts | TrainFacts | EvaluateFacts | ReportFacts,
+    DownloadFacts | TokenizeFacts | BenchmarkFacts | TrainFacts | PretrainedFacts | EvaluateFacts | ReportFacts,
     Field(discriminator="stage"),
 ]
 

@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import BenchmarkConfig, Continuation, RunConfig, Runtime, Section, TrainConfig
+from gpt2.config import BenchmarkConfig, Continuation, LocalFiles, LocalModel, RunConfig, Runtime, Section, TrainConfig
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
-from gpt2.sources import BENCHMARK_FORMATS, identify, identify_weights
+from gpt2.sources import BENCHMARK_FORMATS, MODEL_FORMATS, identify, identify_weights
 from gpt2.stages import STAGES
 
 
@@ -89,6 +89,55 @@ def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) 
     )
     return Plan(
         download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report
+    )
+
+
+class BaselinePlan(Section):
+    """The requests of measuring somebody else's model as a recipe's own is: same shard, same benchmarks."""
+
+    download: Request
+    tokenize: Request
+    benchmarks: dict[str, Request]
+    pretrained: Request
+    evaluate: Request
+
+    def requests(self) -> dict[str, Request]:
+        """By a name for people."""
+        named = {f"benchmark-{name}": request for name, request in self.benchmarks.items()}
+        return {"download": self.download, "tokenize": self.tokenize, **named,
+                "pretrained": self.pretrained, "evaluate": self.evaluate}  # fmt: skip
+
+
+def plan_baseline(config: RunConfig, name: str, store: Path, skip: Mapping[str, str] | None = None) -> BaselinePlan:
+    """Work out the requests of measuring `config.baselines[name]`; what it shares with `plan` has the same address.
+
+    Raises:
+        UserError: the recipe has no such baseline, or as `plan`.
+    """
+    if name not in config.baselines:
+        raise UserError(
+            f"{config.name} has no baseline {name!r}: baselines has {', '.join(config.baselines) or 'none'}"
+        )
+    source = config.baselines[name]
+    if isinstance(source, LocalModel):
+        folder = Path(source.path).expanduser()
+        weights = next(
+            (f for f in ("model*.safetensors*", "pytorch_model.bin") if any(folder.glob(f))), "model.safetensors"
+        )
+        files = LocalFiles(paths=(str(folder / "config.json"), str(folder / weights)))
+        identity, hints = identify(files, store, MODEL_FORMATS)
+        identity.pop("text_column")
+    else:
+        identity, hints = identify(source, store)
+    pretrained = _request("pretrained", {"source": identity}, hints={"source": hints})
+    ours = plan(config, store, skip)
+    evaluate = ours.evaluate.model_copy(update={"inputs": ours.evaluate.inputs | {"model": pretrained.address}})
+    return BaselinePlan(
+        download=ours.download,
+        tokenize=ours.tokenize,
+        benchmarks={n: r for n, r in ours.benchmarks.items() if n in config.evaluate.benchmarks},
+        pretrained=pretrained,
+        evaluate=evaluate,
     )
 
 

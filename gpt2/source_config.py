@@ -60,4 +60,21 @@ class InstalledDocs(Section):
     max_bytes: PositiveInt = 50_000_000
 
 
+class HubModel(Section):
+    """A GPT-2 on the Hugging Face Hub, e.g. openai-community/gpt2, at one pinned revision."""
+
+    kind: Literal["hub-model"] = "hub-model"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    files: Annotated[tuple[str, ...], Field(min_length=1)] = ("config.json", "model.safetensors")
+
+
+class LocalModel(Section):
+    """A GPT-2 in a Hugging Face folder on this machine. Identified by content, not by place."""
+
+    kind: Literal["local-model"] = "local-model"
+    path: str
+
+
+ModelSource = Annotated[HubModel | LocalModel, Field(discriminator="kind")]
 CorpusSource = Annotated[HubFiles | LocalFiles | HubShards | LocalShards | InstalledDocs, Field(discriminator="kind")]

@@ -18,7 +18,7 @@ from typing import Any
 
 from gpt2 import installed_docs
 from gpt2.atomic import fsync_dir, write_text
-from gpt2.config import CorpusSource, HubFiles, HubShards, InstalledDocs, LocalFiles, LocalShards
+from gpt2.config import CorpusSource, HubFiles, HubModel, HubShards, InstalledDocs, LocalFiles, LocalShards
 from gpt2.errors import UserError
 from gpt2.machine import cpu_count
 from gpt2.manifest import canonical, sha256_file
@@ -30,12 +30,13 @@ DATA = "data"
 WEIGHT_FILES = (".safetensors", ".bin", "config.json", "manifest.json")
 TEXT_FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SHARD_FORMATS = (".bin",)
+MODEL_FORMATS = (".json", ".safetensors", "pytorch_model.bin")
 BENCHMARK_FORMATS = (*TEXT_FORMATS, ".yaml", ".csv", ".tokens")
 """what benchmarks are made of: texts, and for CORE the list of its tasks"""
 
 
 def identify(
-    source: CorpusSource, store: Path, text_formats: tuple[str, ...] = TEXT_FORMATS
+    source: CorpusSource | HubModel, store: Path, text_formats: tuple[str, ...] = TEXT_FORMATS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, hints) of a source.
 
@@ -95,8 +96,13 @@ def fetch(
         return _write_installed_docs(identity, directory, progress)
     from gpt2 import hub_download  # imports huggingface_hub, which planning needs not wait for
 
-    source = HubFiles.model_validate(identity) if kind == "hub" else HubShards.model_validate(identity)
-    formats = text_formats if kind == "hub" else SHARD_FORMATS
+    sources: dict[str, type[HubFiles | HubShards | HubModel]] = {
+        "hub": HubFiles,
+        "hub-shards": HubShards,
+        "hub-model": HubModel,
+    }
+    source = sources[kind].model_validate(identity)
+    formats = SHARD_FORMATS if kind == "hub-shards" else text_formats
     return hub_download.download(source, formats, directory, workers=workers, progress=progress)
 
 
@@ -105,7 +111,7 @@ def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
     needs not read the files again for."""
     if identity["kind"] in ("local", "local-shards"):
         return {numbered(i, name): sha256 for i, (name, _, sha256) in enumerate(identity["files"])}
-    if identity["kind"] in ("hub", "hub-shards"):
+    if identity["kind"] in ("hub", "hub-shards", "hub-model"):
         from gpt2 import hub_download
 
         return hub_download.known_sha256(directory)

@@ -27,6 +27,7 @@ STAGES = {
         Stage(name="benchmark", version=1, module="gpt2.benchmark", parallel=False),
         Stage(name="train", version=1, module="gpt2.train", parallel=True),
         Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True),
+        Stage(name="pretrained", version=1, module="gpt2.baseline", parallel=False),
         Stage(name="report", version=1, module="gpt2.report", parallel=False),
     )
 }
