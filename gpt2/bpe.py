@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from gpt2.bpe_sample import sample_documents
 from gpt2.bpe_tables import kept_tables, vocabulary
 from gpt2.corpus import BATCH_BYTES, Batch
 from gpt2.encoder import Encoder, TiktokenEncoder
@@ -255,85 +256,3 @@ class CheckedEncoder:
                 f"the fast encoder and tiktoken differ on {document[:80]!r}... ({len(document):,} characters): "
                 f"set tokenize_backend=tiktoken in the runtime and run again, and please report the text"
             )
-
-
-# --------------------------------------------------------------------------------------------------------------- proof
-
-ALPHABETS = (
-    "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ   ",
-    "etaoin shrdlu'stdmlvre''  ",
-    "0123456789 .,-\n",
-    "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ a1\n",
-    " \t\n\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u2003\u2028\u202f\u3000a.",
-    "àéîõüßæøñçÅÆ ŁŚŻabc'",
-    "абвгдежзиклмнопрстуф ІЇєґ",
-    "αβγδεζηθικλμνξοπρστυφχψω ΆΈ",
-    "אבגדהוזחטי \u200f\u200eاآبةتثجحخد ",
-    "नमस्तेदुनियाअआइई ।०१२३",
-    "東京都日本語中文汉字漢 。、「」アイウあいう한국어ㄱ",
-    "😀😃🙂👨\u200d👩\u200d👧🏽❤️🇩🇪 ✓★→ ",
-    "①②ⅣⅫ½¾²³٣४໑𝟘𝟙 ",
-    "\x00\x01\x7f\u0300\u0301\u20dd\ufeff\ufffd\ufffe\U0010ffff\ue000 ab1",
-)
-
-
-def random_document(rng: random.Random, longest: int = 400) -> str:
-    """Text made to trip an encoder: letters of one script or of all, runs of one character, code, contractions."""
-    kind = rng.randrange(8)
-    size = rng.randrange(1, longest)
-    if kind < 3:
-        return "".join(rng.choices(rng.choice(ALPHABETS), k=size))
-    if kind == 3:
-        return "".join(rng.choices("".join(ALPHABETS), k=size))
-    if kind == 4:
-        return "".join(
-            rng.choice("".join(ALPHABETS)) * rng.choice((1, 1, 2, 3, 15, 16, 17, 31, 32, 33, 70))
-            for _ in range(size // 20 + 1)
-        )
-    if kind == 5:
-        return "".join(_character(rng) for _ in range(size))
-    if kind == 6:
-        words = [
-            "don't",
-            "we'll",
-            " they've",
-            "I'd",
-            "'tis",
-            "x = [0] * n\n",
-            "    return",
-            "\tif (a&&b){",
-            "</div>",
-            "\r\n",
-            "://",
-            "_id",
-        ]
-        return "".join(rng.choices([*words, " ", "\n\n", "  "], k=size // 4 + 1))
-    return " ".join("".join(rng.choices(rng.choice(ALPHABETS), k=rng.randrange(1, 24))) for _ in range(size // 8 + 1))
-
-
-def _character(rng: random.Random) -> str:
-    """Any character: of the basic plane as often as of all others."""
-    while True:
-        code = rng.randrange(0x10000) if rng.random() < 0.5 else rng.randrange(0x110000)
-        if not 0xD800 <= code < 0xE000:
-            return chr(code)
-
-
-def sample_documents() -> list[str]:
-    """What the kernel has to get right before it is used; the same at every start."""
-    rng = random.Random(20240520)
-    fixed = [
-        "",
-        " ",
-        "'",
-        "'s",
-        " '",
-        "a" * 1000,
-        " " * 700 + "x",
-        "\n" * 300,
-        "7" * 500,
-        "<|endoftext|>",
-        "=" * 257,
-        "é" * 40,
-    ]
-    return [*fixed, *(random_document(rng) for _ in range(400))]

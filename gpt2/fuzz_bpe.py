@@ -12,7 +12,8 @@ import time
 
 import numpy as np
 
-from gpt2.bpe import Kernel, random_document
+from gpt2.bpe import Kernel
+from gpt2.bpe_sample import random_document
 from gpt2.corpus import Batch
 from gpt2.encoder import TiktokenEncoder
 from gpt2.tokenizer import gpt2_encoding

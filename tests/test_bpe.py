@@ -15,7 +15,8 @@ import pytest
 import tiktoken
 
 from gpt2 import bpe
-from gpt2.bpe import CheckedEncoder, Kernel, Unavailable, make_encoder, random_document, sample_documents
+from gpt2.bpe import CheckedEncoder, Kernel, Unavailable, make_encoder
+from gpt2.bpe_sample import random_document, sample_documents
 from gpt2.bpe_tables import CODE_POINTS, character_classes, tables
 from gpt2.corpus import Batch
 from gpt2.corpus_lines import utf8
@@ -167,6 +168,19 @@ def test_huge_documents(kernel: Kernel, judge: TiktokenEncoder) -> None:
     rng = random.Random(seed)
     same(kernel, judge, ["".join(random_document(rng) for _ in range(20_000))], f"seed {seed}:")
     same(kernel, judge, ["ab" * 500_000, "=" * 1_000_000, " " * 1_500_000 + "x", "y" + "\n" * 1_500_000])
+
+
+def test_machines_without_sse2(judge: TiktokenEncoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of other processors, which this one can go too: catches a difference nobody with an x86 would see."""
+    monkeypatch.setattr(bpe, "FLAGS", (*bpe.FLAGS, "-DPORTABLE"))
+    bpe.library.cache_clear()
+    try:
+        portable = Kernel(gpt2_encoding())
+    finally:
+        bpe.library.cache_clear()
+    seed = random.randrange(1 << 32)
+    rng = random.Random(seed)
+    same(portable, judge, [*EDGES, *(random_document(rng) for _ in range(3000))], f"seed {seed}:")
 
 
 def test_lone_surrogates(kernel: Kernel) -> None:
