@@ -238,7 +238,11 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
 
     times: dict[str, float] = {}
     made: dict[str, Attention] = {}
-    known = both_ways(FlashAttention(n_head))()  # in every torch with CUDA, and the longest in use
+    try:
+        known = both_ways(FlashAttention(n_head))()  # in every torch with CUDA, and the longest in use
+    except RuntimeError as error:
+        print(f"attention by its formula: {str(error).splitlines()[0]}", file=sys.stderr)
+        return Attention(n_head)
     exact = torch.are_deterministic_algorithms_enabled()
     for name, kind in BACKENDS.items():
         if exact and (times or name not in DETERMINISTIC):
