@@ -38,7 +38,8 @@ from gpt2.shards import TOKEN, ShardWriter, Tokens, header
 from gpt2.stage import StageDir
 from gpt2.tokenizer import EOT, gpt2_encoding
 
-DEFAULT_BYTES = 200_000_000
+DEFAULT_BYTES = 900_000_000
+"""enough that the second it takes to start weighs little"""
 COST_BYTES = 40_000_000
 """of text, for the table of costs: tiktoken takes its time"""
 
