@@ -180,11 +180,14 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "resolve-cache"]:  # /api/resolve-cache/datasets/owner/name/revision/path
             self._small("/".join(parts[3:5]), "/".join(parts[6:]), seen)
             return
-        if parts[:2] == ["api", "datasets"] and parts[4:5] == ["tree"]:
+        if parts[:1] == ["api"] and parts[1] in ("datasets", "models") and parts[4:5] == ["tree"]:
             self._tree("/".join(parts[2:4]), parts[5], "/".join(parts[6:]), parse_qs(url.query))
             return
         if parts[0] == "datasets" and parts[3:4] == ["resolve"]:
             self._resolve("/".join(parts[1:3]), parts[4], "/".join(parts[5:]), seen)
+            return
+        if parts[2:3] == ["resolve"]:  # of a model
+            self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]), seen)
             return
         self._error(404, "", "no such page")
 
