@@ -11,10 +11,21 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import BenchmarkConfig, Continuation, LocalFiles, LocalModel, RunConfig, Runtime, Section, TrainConfig
+from gpt2.config import (
+    BenchmarkConfig,
+    Continuation,
+    LocalFiles,
+    LocalModel,
+    ModelSource,
+    RunConfig,
+    Runtime,
+    Section,
+    TrainConfig,
+)
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
@@ -85,7 +96,12 @@ def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) 
     report = _request(
         "report",
         {"name": config.name, **config.report.model_dump(mode="json")},
-        {"shards": tokenize.address, "model": train.address, "scores": evaluate.address},
+        {
+            "shards": tokenize.address,
+            "model": train.address,
+            "scores": evaluate.address,
+            **_measured_baselines(config, evaluate, store),
+        },
     )
     return Plan(
         download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report
@@ -118,27 +134,45 @@ def plan_baseline(config: RunConfig, name: str, store: Path, skip: Mapping[str, 
         raise UserError(
             f"{config.name} has no baseline {name!r}: baselines has {', '.join(config.baselines) or 'none'}"
         )
-    source = config.baselines[name]
-    if isinstance(source, LocalModel):
-        folder = Path(source.path).expanduser()
-        weights = next(
-            (f for f in ("model*.safetensors*", "pytorch_model.bin") if any(folder.glob(f))), "model.safetensors"
-        )
-        files = LocalFiles(paths=(str(folder / "config.json"), str(folder / weights)))
-        identity, hints = identify(files, store, MODEL_FORMATS)
-        identity.pop("text_column")
-    else:
-        identity, hints = identify(source, store)
-    pretrained = _request("pretrained", {"source": identity}, hints={"source": hints})
     ours = plan(config, store, skip)
-    evaluate = ours.evaluate.model_copy(update={"inputs": ours.evaluate.inputs | {"model": pretrained.address}})
+    pretrained = _pretrained(config.baselines[name], store)
     return BaselinePlan(
         download=ours.download,
         tokenize=ours.tokenize,
         benchmarks={n: r for n, r in ours.benchmarks.items() if n in config.evaluate.benchmarks},
         pretrained=pretrained,
-        evaluate=evaluate,
+        evaluate=_of(pretrained, ours.evaluate),
     )
+
+
+def _pretrained(source: ModelSource, store: Path) -> Request:
+    if isinstance(source, LocalModel):
+        folder = Path(source.path).expanduser()
+        pickled = not any(folder.glob("model*.safetensors")) and (folder / "pytorch_model.bin").exists()
+        weights = "pytorch_model.bin" if pickled else "model*.safetensors*"
+        identity, hints = identify(
+            LocalFiles(paths=(str(folder / "config.json"), str(folder / weights))), store, MODEL_FORMATS
+        )
+        identity.pop("text_column")
+    else:
+        identity, hints = identify(source, store)
+    return _request("pretrained", {"source": identity}, hints={"source": hints})
+
+
+def _of(model: Request, evaluate: Request) -> Request:
+    """The same evaluation, of another model."""
+    return evaluate.model_copy(update={"inputs": evaluate.inputs | {"model": model.address}})
+
+
+def _measured_baselines(config: RunConfig, evaluate: Request, store: Path) -> dict[str, str]:
+    """Role -> address of the evaluations of baselines that are finished: what the report can draw beside ours."""
+    found = {}
+    for name, source in config.baselines.items():
+        with suppress(UserError):  # a folder that is gone was measured by nobody, or its figures are another folder's
+            address = _of(_pretrained(source, store), evaluate).address
+            if (store / address / MANIFEST).exists():
+                found[f"baseline:{name}"] = address
+    return found
 
 
 def _with_weights(train: TrainConfig, store: Path) -> TrainConfig:

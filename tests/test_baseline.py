@@ -89,7 +89,10 @@ def test_a_local_folder_is_measured_as_transformers_would(tmp_path: Path, folder
 
     store = tmp_path / "store"
     config = recipe(tmp_path, openai={"kind": "local-model", "path": str(folder)})
+    before = plan(config, store).report
     facts = measured(config, "openai", store)
+    after = plan(config, store).report  # which can draw it now
+    assert after.inputs == before.inputs | {"baseline:openai": plan_baseline(config, "openai", store).evaluate.address}
     assert list(facts.scores) == ["held-out"] and facts.val_tokens == 1000
 
     tokenized = store / plan(config, store).tokenize.address
@@ -137,7 +140,7 @@ def test_other_weights_have_another_address(tmp_path: Path, folder: Path) -> Non
         file.write(b"\x01")
     assert plan_baseline(config, "openai", tmp_path).pretrained.address != before
     (copy / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="there is no file"):
+    with pytest.raises(UserError, match="nothing matches"):
         plan_baseline(config, "openai", tmp_path)
 
 
