@@ -23,6 +23,8 @@ from gpt2.recipe import load
 from tasks.launch import StageFailed
 from tasks.mirror import EXPERIMENT
 
+pytestmark = pytest.mark.slow  # a Prefect server and whole flows
+
 TOY = {"train.max_steps": 12, "train.optim.warmup_steps": 2}
 
 
@@ -219,7 +221,6 @@ def test_the_last_lines_say_where_to_look(command_line: CommandLine) -> None:
     assert prefect.startswith("Prefect  http://127.0.0.1:") and "/runs/flow-run/" in prefect
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
 def test_whatever_ends_the_flow_ends_training_in_order(
     command_line: CommandLine, number: signal.Signals, expected: int
@@ -243,7 +244,6 @@ def test_whatever_ends_the_flow_ends_training_in_order(
     assert [run.info.status for run in mlflow_runs(command_line.store)] == ["FINISHED"]
 
 
-@pytest.mark.slow
 def test_without_a_server_the_state_lies_in_the_store(command_line: CommandLine, tmp_path: Path) -> None:
     """A newcomer has no server, and nothing may be left outside the store."""
     command_line.env.pop("PREFECT_API_URL")
