@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
 from gpt2.generation import generate
 from gpt2.job import Job, is_due
 from gpt2.model import GPT
@@ -26,7 +31,8 @@ def evaluate(job: Job) -> None:
             job.records.metrics(step, **figures, **tokens)
             job.records.say(f"step {step:,}/{config.max_steps:,}  {config.benchmark} {score.figures()}")
         if step and job.world.is_main and is_due(config, step, config.sample.every):
-            _sample(job, model)
+            with _any_algorithm():
+                _sample(job, model)
 
 
 def _val_loss(job: Job, model: GPT) -> float:
@@ -57,3 +63,14 @@ def _sample(job: Job, model: GPT) -> None:
         text = gpt2_encoding().decode([token for token in ids if token != EOT])
         job.records.sample(job.progress.step, prompt, text)
         job.records.say(f"step {job.progress.step:,}  {prompt!r} -> {text!r}")
+
+
+@contextmanager
+def _any_algorithm() -> Iterator[None]:
+    """Allow what torch has no deterministic form of on a GPU (cumulative sums): no weight depends on a sample."""
+    wanted = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(wanted)
