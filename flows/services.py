@@ -144,6 +144,9 @@ def _start(store: Path, service: str, words: list[str], url: str, env: dict[str,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         **(env or {}),
     }
+    # A shell's background job ignores SIGINT, and so would its children; Prefect's worker ends itself by that signal.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with open(note.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(
             words, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True

@@ -2,12 +2,16 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 import flows.environment  # noqa: F401  before Prefect and MLflow, whose settings it makes
+
+# A shell's background job ignores SIGINT, and what the tests start would too: they interrupt it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
 FAKE_PATH = f"{TESTS / 'fake_site'}:{TESTS}"
