@@ -201,6 +201,7 @@ class Published(Section):
     source: str
     val_loss: float | None = None
     hellaswag_acc_norm: float | None = None
+    core: Annotated[float | None, Field(description="DCLM's CORE as nanochat evaluates it")] = None
     hours: float | None = None
     dollars: float | None = None
     gpus: str | None = None

@@ -148,10 +148,11 @@ class Bar:
         # The console that log lines go through, if there is one: two consoles on one terminal overwrite each other.
         shared = [h.console for h in logging.getLogger("prefect").handlers if hasattr(h, "console")]
         self._console: Console = shared[0] if shared else Console(stderr=True)
-        plain: Any = dict.fromkeys(("style", "complete_style", "finished_style", "pulse_style"), "none")  # of any theme
+        # Colours by name: Prefect's console has none of the styles that rich's bars are drawn in.
+        colours: Any = {"style": "bright_black", "complete_style": "green", "finished_style": "green"}
         columns = (
             TextColumn("{task.description}", style="none"),
-            BarColumn(bar_width=30, **plain),
+            BarColumn(bar_width=16, pulse_style="green", **colours),
             TextColumn("{task.fields[text]}", style="none"),
         )
         self._rich = RichProgress(*columns, console=self._console, transient=True)
