@@ -28,6 +28,8 @@ from gpt2.plan import prepare
 from gpt2.retries import Patience
 from gpt2.sources import SHARD_FORMATS, TEXT_FORMATS, fetch, identify
 
+pytestmark = pytest.mark.slow  # faults take their time-outs
+
 REPO = "someone/texts"
 QUICK = Patience(tries=4, first_wait=0.02, longest_wait=0.05)
 
@@ -278,7 +280,6 @@ def test_private_and_gated_say_what_to_do(server: HubServer, tmp_path: Path, mon
     assert len(get(source(repo="o/gated"), tmp_path / "b")) == 2
 
 
-@pytest.mark.slow
 def test_offline_and_unreachable(server: HubServer, tmp_path: Path) -> None:
     """Catches: a traceback, or minutes of waiting, where there is no network."""
     directory = stage(source(), tmp_path / "store")

@@ -15,6 +15,8 @@ import pytest
 from gpt2 import installed_docs
 from gpt2.installed_docs import LONGEST, SHORTEST, Document, documents, is_prose, prose, without_markup
 
+pytestmark = pytest.mark.slow  # the whole installation is read
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -48,7 +50,6 @@ def test_documents_are_long_enough_and_nothing_comes_twice(made: list[Document])
     assert paragraphs.most_common(1)[0][1] == 1
 
 
-@pytest.mark.slow
 def test_same_installation_same_bytes(tmp_path: Path) -> None:
     """Catches: an order that follows the hash seed or the file system, so that addresses lie."""
     program = (

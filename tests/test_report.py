@@ -174,7 +174,15 @@ def test_manifest_lists_what_was_written(store: Store) -> None:
     names = {entry.path for entry in manifest.files}
     plots = {
         f"plots/{name}.png"
-        for name in ("validation_loss", "benchmark_hellaswag", "learning_rate", "gradient_norm", "throughput", "mfu")
+        for name in (
+            "validation_loss",
+            "benchmark_hellaswag",
+            "benchmark_hellaswag-harness",
+            "learning_rate",
+            "gradient_norm",
+            "throughput",
+            "mfu",
+        )
     }
     assert names == {"report.md", "report.html"} | plots
     for name in plots:
@@ -234,7 +242,7 @@ def test_identifiers_are_unique_and_pictures_are_xml(store: Store, page: Page) -
     used |= set(re.findall(r"url\(#([^)]+)\)", text))
     assert used and used <= set(ids)
     pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
-    assert len(pictures) == 6
+    assert len(pictures) == len(list((store.report.path / "plots").iterdir())) > 0
     for picture in pictures:
         ElementTree.fromstring(picture)
         assert not re.search(r"#[0-9a-f]{6}", picture.replace("#ffffff", "")), "a colour that no theme can change"

@@ -21,6 +21,8 @@ from tasks import stage as stages
 from tasks.launch import StageCrashed, StageFailed
 from tasks.progress import Bar, LogLines, Progress, Tail, duration
 
+pytestmark = pytest.mark.slow  # a Prefect server
+
 DOWNLOAD = Request(stage="download", version=1, config={})
 TOKENIZE = Request(stage="tokenize", version=1, config={}, inputs={"corpus": DOWNLOAD.address})
 

@@ -22,6 +22,8 @@ from gpt2.recipe import load
 from tasks.mirror import EXPERIMENT, Mirror, flatten
 from tasks.tracking import Tracking
 
+pytestmark = pytest.mark.slow  # an MLflow database
+
 
 class Pipeline:
     """A recipe in a store, whose stages can be run without Prefect."""
@@ -219,7 +221,6 @@ def test_the_status_is_how_it_ended(pipeline: Pipeline) -> None:
     assert len(runs(pipeline.store)) == 1 and runs(pipeline.store)[0].info.status == "FINISHED"
 
 
-@pytest.mark.slow
 def test_the_machine_is_watched(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.5")
     for seconds in (4, 4):  # the second goes on with the first's steps
@@ -251,7 +252,6 @@ def test_a_server_that_is_down_costs_little(
     assert "nothing is lost: the same command sends the rest" in caplog.text
 
 
-@pytest.mark.slow
 def test_the_relay_catches_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The server comes up in the middle of the run: the points before that must be there too, once."""
     port = free_port()
