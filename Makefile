@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo reproduce plan up down test test-fast lint format sample export bench-train bench-tokenize clean
+.PHONY: help install demo reproduce baseline plan up down test test-fast lint format sample export bench-train bench-tokenize clean
 
 help: ## this list
 	@echo "make TARGET [CONF=124m] [ARGS='train.optim.max_lr=3e-4 runtime.gpus=4']"
@@ -33,6 +33,9 @@ demo: $(BIN)/.installed ## the whole pipeline on a small model, on any machine
 
 reproduce: $(BIN)/.installed ## the real thing: make reproduce CONF=124m
 	$(BIN)/python -m flows.reproduce $(CONF) $(ARGS)
+
+baseline: $(BIN)/.installed ## OpenAI's GPT-2 of CONF's size, measured as the recipe's own model is
+	$(BIN)/python -m flows.baseline $(CONF) $(ARGS)
 
 plan: $(BIN)/.installed ## what CONF would run, and what of it is finished
 	$(BIN)/python -m gpt2.plan $(CONF) $(ARGS)

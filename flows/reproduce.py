@@ -14,6 +14,7 @@ import re
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,7 +31,7 @@ from flows.environment import settle_prefect
 from gpt2.config import RunConfig, Runtime, Section
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, Manifest
-from gpt2.plan import Plan, plan
+from gpt2.plan import BaselinePlan, Plan, plan
 from gpt2.recipe import load, load_runtime, parse_overrides
 from tasks import registry
 from tasks.launch import StageCrashed, StageFailed
@@ -66,17 +67,19 @@ def reproduce(
     config, how = configure(recipe, overrides, runtime, store)
     steps = plan(config, how.store)
     flow_run = prefect_runtime.flow_run.id
-    _name_flow_run(flow_run, f"{config.name} {steps.train.address}")
+    name_flow_run(flow_run, f"{config.name} {steps.train.address}")
 
-    mirror = Mirror(config, steps, how.store, _links(flow_run))
+    mirror = Mirror(config, steps, how.store, links(flow_run))
     busy = not all((how.store / request.address / MANIFEST).exists() for request in steps.requests().values())
     with Tracking(mirror, busy=busy):
         corpus = download(steps.download, how)
         independent = [name for name, request in steps.benchmarks.items() if not request.inputs]
-        made, skipped = _benchmarks(config, steps, how, independent)  # first: what cannot be had is better known early
+        made, skipped = make_benchmarks(
+            config, steps, how, independent
+        )  # first: what cannot be had is better known early
         shards = tokenize(steps.tokenize, how, corpus)
         dependent = [name for name in steps.benchmarks if name not in independent]
-        more, skipped_more = _benchmarks(config, steps, how, dependent, shards)
+        more, skipped_more = make_benchmarks(config, steps, how, dependent, shards)
         if skipped | skipped_more:
             mirror.plan = steps = plan(config, how.store, skipped | skipped_more)
         made |= more
@@ -103,8 +106,8 @@ def configure(
     return load(recipe, overrides), load_runtime(runtime, overrides)
 
 
-def _benchmarks(
-    config: RunConfig, steps: Plan, how: Runtime, names: list[str], *inputs: Manifest
+def make_benchmarks(
+    config: RunConfig, steps: Plan | BaselinePlan, how: Runtime, names: list[str], *inputs: Manifest
 ) -> tuple[dict[str, Manifest], dict[str, str]]:
     """Make the named benchmarks: name -> manifest, and name -> why of optional ones that could not be had."""
     made, skipped = {}, {}
@@ -122,12 +125,12 @@ def _benchmarks(
 # ------------------------------------------------------------------------------------------- names, links, artifacts
 
 
-def _name_flow_run(flow_run: Any, name: str) -> None:
+def name_flow_run(flow_run: Any, name: str) -> None:
     with get_client(sync_client=True) as client:
         client.update_flow_run(flow_run, name=name)
 
 
-def _links(flow_run: Any) -> dict[str, str]:
+def links(flow_run: Any) -> dict[str, str]:
     """Tags that lead from MLflow to the flow run."""
     return {"prefect.flow_run_id": str(flow_run), "prefect.flow_run": prefect_runtime.flow_run.ui_url or ""}
 
@@ -185,7 +188,22 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a recipe from the command line; the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m flows.reproduce", description="Run a recipe.")
+    return from_command_line("flows.reproduce", "Run a recipe.", _run, arguments)
+
+
+def _run(recipe: str, overrides: dict[str, Any], runtime: str | None, how: Runtime) -> str:
+    outcome = reproduce(recipe, overrides, runtime)
+    return services.where(how.store, outcome.report.address, outcome.mlflow, outcome.flow_run)
+
+
+def from_command_line(
+    module: str,
+    description: str,
+    run: Callable[[str, dict[str, Any], str | None, Runtime], str],
+    arguments: list[str] | None,
+) -> int:
+    """Read a recipe and overrides, run a flow on them, print what it returns; the exit status."""
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("recipe", help="name in conf/, or path of a .yaml file")
     parser.add_argument(
         "overrides", nargs="*", metavar="field=value", help="e.g. train.optim.max_lr=3e-4 runtime.gpus=4"
@@ -203,7 +221,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "mlflow" in up:
             os.environ.setdefault("MLFLOW_TRACKING_URI", up["mlflow"])
         settle_prefect(how.store, up.get("prefect"))
-        outcome = reproduce(given.recipe, overrides, given.runtime)
+        last_words = run(given.recipe, overrides, given.runtime, how)
     except StageCrashed as error:
         return _stopped(f"error: {error}; {again}", 1)
     except (StageFailed, UserError) as error:
@@ -212,7 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _stopped(f"stopped; {again}", 130)
     except Terminated:
         return _stopped(f"stopped by SIGTERM; {again}", 143)
-    print(services.where(how.store, outcome.report.address, outcome.mlflow, outcome.flow_run), flush=True)
+    print(last_words, flush=True)
     return 0
 
 

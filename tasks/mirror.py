@@ -99,6 +99,14 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
     return {prefix: tree if isinstance(tree, str) else json.dumps(tree)}
 
 
+def evaluated(facts: EvaluateFacts) -> dict[str, float | None]:
+    """evaluate/*: the figures of an evaluation under the names that every MLflow run has them."""
+    figures: dict[str, float | None] = {"evaluate/val_loss": facts.val_loss}
+    for name, score in facts.scores.items():
+        figures |= {f"evaluate/{name}/{figure}": value for figure, value in score.figures().items()}
+    return figures
+
+
 class Mirror:
     """Makes the MLflow run of a configuration agree with the store.
 
@@ -333,9 +341,7 @@ class Mirror:
                 values = {f"final/{key}": value for key, value in facts.model_dump(include=names).items()}
             else:
                 assert isinstance(facts, EvaluateFacts)
-                values = {"evaluate/val_loss": facts.val_loss}
-                for name, score in facts.scores.items():
-                    values |= {f"evaluate/{name}/{figure}": value for figure, value in score.figures().items()}
+                values = evaluated(facts)
             metrics = [Metric(key, float(value), ended, step) for key, value in values.items() if value is not None]
             assert self.run_id is not None
             self.mlflow.log_batch(self.run_id, metrics=metrics)

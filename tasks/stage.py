@@ -228,6 +228,7 @@ class StageTask:
 download = StageTask("download", retries=2)
 tokenize = StageTask("tokenize")
 benchmark = StageTask("benchmark", retries=2)
+pretrained = StageTask("pretrained", retries=2)
 train = StageTask("train", retries=1)
 evaluate = StageTask("evaluate", retries=1)
 report = StageTask("report")

@@ -52,8 +52,8 @@ def recipe(folder: Path, name: str, **model: int) -> Path:
     return path
 
 
-def command(path: Path, store: Path, *overrides: str) -> list[str]:
-    words = [sys.executable, "-m", "flows.reproduce", str(path), f"runtime.store={store}", "runtime.log_every=1"]
+def command(path: Path, store: Path, *overrides: str, module: str = "flows.reproduce") -> list[str]:
+    words = [sys.executable, "-m", module, str(path), f"runtime.store={store}", "runtime.log_every=1"]
     return [*words, *overrides]
 
 
@@ -62,10 +62,10 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
 
 
-def run(path: Path, store: Path, *overrides: str, status: int = 0) -> str:
+def run(path: Path, store: Path, *overrides: str, status: int = 0, module: str = "flows.reproduce") -> str:
     """Run the pipeline to its end and return what it printed."""
     done = subprocess.run(
-        command(path, store, *overrides), env=environment(), text=True,
+        command(path, store, *overrides, module=module), env=environment(), text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
     )  # fmt: skip
     assert done.returncode == status, done.stdout

@@ -36,7 +36,7 @@ SAME_LOSS = 0.002  # nats a token; training scores in its own precision, evaluat
 def results(run: Run) -> list[Block]:
     """What was asked, what came out, and what others published."""
     asked, facts, scored = run.train, run.train_facts, run.evaluate_facts
-    published = run.report.published
+    published = run.published
     none = [DASH] * len(published)
 
     def beside(field: str, show: Callable[[Any], str]) -> list[str]:

@@ -75,13 +75,15 @@ def other_text(run: Run) -> list[str]:
 
 
 def val_loss_reference(run: Run) -> tuple[Published, float] | None:
-    """The published validation loss to name first beside ours; None where there is none that compares."""
-    return None if other_text(run) else _reference(run.report.published, "val_loss")
+    """The validation loss to name first beside ours, measured before published; None where none compares."""
+    return _reference(run.measured, "val_loss") or (
+        None if other_text(run) else _reference(run.report.published, "val_loss")
+    )
 
 
 def hellaswag_reference(run: Run, name: str) -> tuple[Published, float] | None:
     """The same for acc_norm of HellaSwag."""
-    return _reference(run.report.published, "hellaswag_acc_norm") if asked_as_published(run, name) else None
+    return _reference(run.published, "hellaswag_acc_norm") if asked_as_published(run, name) else None
 
 
 def _reference(published: Sequence[Published], field: str) -> tuple[Published, float] | None:
@@ -92,7 +94,7 @@ def _reference(published: Sequence[Published], field: str) -> tuple[Published, f
 
 def notes(run: Run) -> list[Text]:
     """Where the published figures stand, and what keeps them from being compared."""
-    published = run.report.published
+    published = run.published
     found: list[Text] = [
         f"{each.name}: {each.source}." + (f" Not comparable: {each.note}." if each.note else "") for each in published
     ]

@@ -93,7 +93,7 @@ def _published(run: Run, field: str, digits: int) -> list[Level]:
     """The published figures of one kind that compare, each entry in the colour it has in every plot."""
     return [
         Level(value, f"{published.name}\n{fixed(value, digits)}", colour)
-        for published, colour in zip(run.report.published, cycle(PUBLISHED), strict=False)
+        for published, colour in zip(run.published, cycle(PUBLISHED), strict=False)
         if (value := getattr(published, field)) is not None and published.note is None
     ]
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import EvaluateConfig, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
+from gpt2.config import EvaluateConfig, Published, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
 from gpt2.errors import UserError
 from gpt2.manifest import (
     METRICS,
@@ -108,11 +108,18 @@ class Run:
     curves: Curves
     samples: tuple[Sample, ...]
     anomalies: tuple[dict[str, Any], ...]
+    measured: tuple[Published, ...] = ()
+    """baselines, evaluated by the same code on the same shard and benchmarks"""
     recipe: RunConfig | None = None
     """what conf/ holds under the run's name now; None where it holds nothing"""
 
     def stage(self, label: str) -> StageRecord:
         return next(stage for stage in self.stages if stage.label == label)
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        """Other people's figures: those measured here first, then those only quoted."""
+        return (*self.measured, *self.report.published)
 
     @property
     def gpus(self) -> int:
@@ -170,6 +177,8 @@ def gather(directory: StageDir) -> Run:
         "train": model,
         "evaluate": scores,
     }
+    roles = [role for role in directory.request.inputs if role.startswith("baseline:")]
+    baselines = {role.removeprefix("baseline:"): directory.input(role) for role in roles}
     report = directory.config(ReportRequest)
     return Run(
         address=directory.request.address,
@@ -186,7 +195,23 @@ def gather(directory: StageDir) -> Run:
         curves=read_curves(read_metrics(model.path / METRICS)),
         samples=read_samples(model.path / SAMPLES),
         anomalies=tuple(_json_lines(model.path / ANOMALIES)),
+        measured=tuple(_measured(name, stage, benchmarks) for name, stage in baselines.items()),
         recipe=_recipe(report.name),
+    )
+
+
+def _measured(name: str, stage: StageDir, benchmarks: dict[str, StageDir]) -> Published:
+    facts = stage.facts(EvaluateFacts)
+    kinds = {benchmark: directory.facts(BenchmarkFacts).kind for benchmark, directory in benchmarks.items()}
+    hellaswag = next(
+        (score for key, score in facts.scores.items() if kinds.get(key) == "hellaswag" and score.prompt != "harness"),
+        None,
+    )
+    return Published(
+        name=f"{name}, measured",
+        source=f"evaluated here by the same code on the same shard and benchmarks, {stage.request.address}",
+        val_loss=facts.val_loss,
+        hellaswag_acc_norm=None if hellaswag is None else hellaswag.acc_norm,
     )
 
 
