@@ -6,6 +6,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_the_slurm_script_trains_saves_and_goes_on(tmp_path: Path) -> None:
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     environment = os.environ | {
-        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PATH": f"{tools}:{Path(sys.executable).parent}:{os.environ['PATH']}",  # as in an activated environment
         "REQUEUED": str(tmp_path / "requeued"),
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_NUM_NODES": "2",
@@ -59,10 +60,14 @@ def test_the_slurm_script_trains_saves_and_goes_on(tmp_path: Path) -> None:
 
     first = script()
     assert first.stdout is not None
+    before = []
     for line in first.stdout:
+        before.append(line)
         if "step 4/12  val loss" in line:
             os.kill(first.pid, signal.SIGTERM)
             break
+    else:
+        pytest.fail("ended before it was told to:\n" + "".join(before))
     rest = first.stdout.read()
     assert first.wait(60) != 0 and steps(directory)[-1] >= 4, rest
     assert "everything is saved" in rest and (tmp_path / "requeued").read_text() == f"{os.getpid()}\n"
