@@ -71,14 +71,18 @@ class World:
             with suppress(RuntimeError):  # the store is gone with torchrun
                 self.store.set(f"gpt2/{key}", value)
 
-    def heard(self, key: str) -> bool:
-        """Whether some process left word under `key`; does not wait."""
+    def heard(self, key: str, *, if_gone: bool = True) -> bool:
+        """Whether some process left word under `key`; does not wait.
+
+        Args:
+            if_gone: the answer where torchrun is gone, and all is over.
+        """
         if self.store is None:
             return False
         try:
             return self.store.check([f"gpt2/{key}"])
         except RuntimeError:
-            return True  # torchrun is gone, so all is over
+            return if_gone
 
     def first_to_say(self, key: str) -> bool:
         """Leave word under `key`; whether no other process had."""

@@ -22,6 +22,7 @@ from gpt2.config import EvaluateConfig, Runtime
 from gpt2.distributed import World, join, leave, locate
 from gpt2.errors import UserError
 from gpt2.examples import DESCRIPTION
+from gpt2.machine import keep_compiled
 from gpt2.manifest import EvaluateFacts, PretrainedFacts, Score, TrainFacts, write_model
 from gpt2.measure import Measurement, Result, how
 from gpt2.metrics import MetricsWriter
@@ -248,6 +249,7 @@ def main(arguments: list[str]) -> int:
             runtime = StageDir(path).runtime
             world = locate("cpu" if runtime.gpus == 0 else None)
             set_determinism(runtime.deterministic)
+            keep_compiled(runtime.store)
             run(path, world)
         else:
             options = parser().parse_args(arguments)

@@ -5,7 +5,8 @@ statistics, the softmax and every sum over the batch are fp32. docs/speed.md say
 
 For the loop that trains through it:
 - zero the gradients with `set_to_none=True`: the first micro-step of a step then renews the bf16 weights and writes
-  gradients instead of adding to them;
+  gradients instead of adding to them; whoever keeps them (in a flat buffer, say) has to move the weights' versions
+  after a change that autograd does not see, as `Replicas.step` does;
 - accumulate by calling backward on `loss / grad_accum_steps` once a micro-step (under DDP's no_sync but for the last);
 - `torch.optim.AdamW(..., fused=True)`.
 """
@@ -167,7 +168,7 @@ class FastGPT(nn.Module):
             return "none"
         free, _ = torch.cuda.mem_get_info(self.wte.device)
         free += torch.cuda.memory_reserved(self.wte.device) - torch.cuda.memory_allocated(self.wte.device)
-        free -= 12 * self.config.n_params()  # gradients and AdamW's two moments, which the first step makes
+        free -= 4 * self.config.n_params() if self.wte.grad is None else 0  # gradients; the moments lie there already
         levels: tuple[Recompute, ...] = ("none", "cheap")
         return next((level for level in levels if activation_bytes(self.config, tokens, level) < 0.95 * free), "block")
 
@@ -204,6 +205,8 @@ def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
     bf16 = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
     plain = Reference(model, device, bf16)
     if runtime.kernels == "reference":
+        if runtime.compile is True:
+            plain.compile()
         return plain
     if device.type != "cuda":
         return plain if bf16 or runtime.sharding == "fsdp" else ChunkedLoss(model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from gpt2.errors import UserError
 from gpt2.fast import accelerate
 from gpt2.flops import mfu
 from gpt2.interruption import Interrupted, Interruption
-from gpt2.loader import Loader, Prefetcher, places, write_aligned_starts
+from gpt2.loader import Batch, Loader, Prefetcher, places, write_aligned_starts
 from gpt2.manifest import TokenizeFacts
 from gpt2.memory import candidates, choose, free_bytes, largest_that_fits
 from gpt2.model import GPT
@@ -144,6 +145,8 @@ class Job:
             self.checkpoints.clean()
             found = latest(self.checkpoints.root, self.config.model, self.records.say) or fresh(self.config)
             self.checkpoints.forget_after(found.state.step)
+            # one that was gone back to stands where it stood, but the data after it is no longer the same
+            found = Snapshot(found.state.model_copy(update=self.records.rolled_back(found.state.step)), found.tensors)
         state = TrainState.model_validate(
             self.world.broadcast_json(found.state.model_dump(mode="json") if found else None)
         )
@@ -215,12 +218,26 @@ class Job:
         if self._saved_step != self.progress.step:
             self._save()
         self.checkpoints.wait()
-        if self.world.is_main:
-            self.world.tell("saved")
         self.world.barrier()  # whoever ends first makes torchrun end the others
+        if self.world.is_main:
+            self.world.tell("saved")  # not before the barrier: who hears it may leave at once
         raise Interrupted(signal_number)
 
     # ------------------------------------------------------------------------------------------- about one step
+
+    def batches(self) -> Iterator[Batch]:
+        """This process's micro-batches of the step that is next.
+
+        Raises:
+            Interrupted: a signal came, and this process is the only one: it need not wait for the end of a long step,
+                since nothing has changed yet. Several first have to agree.
+        """
+        for batch in self.data.step(self.progress.step + self.progress.passed_over):
+            if self.world.size == 1 and self.interruption.requested:
+                self.parallel.clear()
+                self.interruption.saving_with(None)
+                self.save_and_leave(self.interruption.requested)
+            yield batch
 
     def agree(self, loss: Tensor, grad_norm: Tensor) -> tuple[float, float, int]:
         """What all processes decide alike from: this step's loss and gradient norm, and the signal that came, or 0."""
@@ -270,12 +287,15 @@ class Job:
 
     def roll_back(self, verdict: Verdict) -> None:
         """Return to the last checkpoint, and pass over the data from there to this step's."""
-        seen_at, skips = self.progress.step, self.progress.skips
+        before = self.progress
         self.parallel.clear()
         self.restore()
-        self.progress.passed_over += seen_at - self.progress.step + 1
-        self.progress.skips = skips
-        self._write_anomaly(self.progress.step, verdict, seen_at=seen_at + 1, passed_over=self.progress.passed_over)
+        now = self.progress
+        # from what was passed over until now, which may be more than when the checkpoint was written
+        now.passed_over = before.passed_over + before.step - now.step + 1
+        now.skips, now.total_seconds = before.skips, before.total_seconds
+        places = {"seen_at": before.step + 1, "passed_over": now.passed_over, "skips": now.skips}
+        self._write_anomaly(now.step, verdict, **places)
 
     def advance(self, seconds: float, **metrics: float) -> None:
         """The step is done: count it, and write its line if one is due."""

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from functools import cache
+from pathlib import Path
 
 
 def cpu_count() -> int:
@@ -31,3 +32,10 @@ def gpu_names() -> tuple[str, ...]:
         wanted = [token.strip() for token in visible.split(",") if token.strip()]
         gpus = [gpu for token in wanted for gpu in gpus if token == gpu[0] or gpu[1].startswith(token)]
     return tuple(name for _, _, name in gpus)
+
+
+def keep_compiled(store: Path) -> None:
+    """Have Triton and torch.compile keep what they compile beside the stages, so that the next start compiles nothing,
+    in a new container too. A place that the user has set stands."""
+    for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+        os.environ.setdefault(variable, str((store / ".compiled" / name).absolute()))

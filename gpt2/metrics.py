@@ -71,9 +71,10 @@ def cut_after_step(path: Path, step: int) -> None:
 
 
 def keep_lines(path: Path, wanted: Callable[[dict[str, Any]], bool]) -> None:
-    """Drop the lines that are not wanted, all at once or not at all."""
+    """Drop the lines that are not wanted, all at once or not at all, and a torn last one."""
     if not path.exists():
         return
+    cut_torn_line(path)
     lines = list(read_metrics(path))
     kept = [json.dumps(line) + "\n" for line in lines if wanted(line)]
     if len(kept) < len(lines):

@@ -169,6 +169,9 @@ class Replicas:
             for work in pending:
                 assert work is not None
                 work.wait()
+        # Neither fused AdamW nor a broadcast into `detach()` moves the version of a weight, by which whoever keeps a
+        # copy in bf16 sees that it is an old one.
+        torch.autograd.graph.increment_version(list(self.names.values()))
 
     def clear(self) -> None:
         if self.buckets is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.manifest import METRICS
-from gpt2.metrics import MetricsWriter, keep_lines
+from gpt2.metrics import MetricsWriter, keep_lines, read_metrics
 
 SAMPLES, ANOMALIES = "samples.jsonl", "anomalies.jsonl"
 
@@ -58,6 +58,12 @@ class Records:
             step: the step after which the run goes on, so that a resume at or after it keeps the line.
         """
         self._append(ANOMALIES, {"step": step} | fields)
+
+    def rolled_back(self, step: int) -> dict[str, int]:
+        """What the latest return to the checkpoint of `step` changed in where the run stands; empty without one."""
+        path = self.directory / ANOMALIES
+        lines = [line for line in read_metrics(path) if line["step"] == step and line.get("action") == "rollback"]
+        return {name: lines[-1][name] for name in ("passed_over", "skips")} if lines else {}
 
     def _append(self, name: str, fields: dict[str, Any]) -> None:
         if self.active:

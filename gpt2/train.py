@@ -25,6 +25,7 @@ from gpt2.errors import UserError
 from gpt2.flops import flops_per_token, mfu
 from gpt2.interruption import Interrupted
 from gpt2.job import CHECKPOINTS, Job, device_name
+from gpt2.machine import keep_compiled
 from gpt2.manifest import METRICS, TrainFacts
 from gpt2.memory import explain_out_of_memory
 from gpt2.metrics import read_metrics
@@ -55,7 +56,7 @@ def train(job: Job) -> None:
         began = time.perf_counter()
         job.interruption.step_begins()
         loss = torch.zeros((), device=job.world.device)
-        for micro_step, batch in enumerate(job.data.step(now.step + now.passed_over), start=1):
+        for micro_step, batch in enumerate(job.batches(), start=1):
             # weighted by its share of the step's sequences, so that sums over micro-steps and processes are the mean
             share = job.loss_fn(batch.idx, batch.targets) * (len(batch.idx) / config.sequences_per_step)
             loss += share.detach()
@@ -154,6 +155,7 @@ def main(arguments: list[str]) -> int:
         runtime = StageDir(path).runtime
         world = locate("cpu" if runtime.gpus == 0 else None)
         set_determinism(runtime.deterministic)
+        keep_compiled(runtime.store)
         run(path, world)
     except Interrupted as interrupted:
         if world is not None and world.is_main:

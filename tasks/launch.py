@@ -269,10 +269,10 @@ def gpus_held(count: int, what: str, on_wait: Callable[[str], None]) -> Iterator
     go. Handed to the child, the locks last until the child's end, not only until this process's.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = sorted([token.strip() for token in visible.split(",")] if visible else [str(i) for i in range(count)])
+    names = [token.strip() for token in visible.split(",")] if visible else [str(i) for i in range(count)]
     with ExitStack() as stack:
         held = []
-        for name in names[:count]:  # sorted, so that two runs never wait for each other
+        for name in sorted(names[:count]):  # sorted, so that two runs never wait for each other
             path = Path(tempfile.gettempdir()) / f"gpt2-gpu-{re.sub(r'[^A-Za-z0-9-]', '_', name)}.lock"
             file = stack.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+"))
             try:

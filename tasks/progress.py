@@ -92,12 +92,19 @@ class Progress:
         """E.g. "1,200 of 19,560 steps (6 %), 3.4 steps/s, 1 h 30 min left, loss 4.812"."""
         parts = [f"{self.done:,.0f} of {self.total:,.0f} {self.unit} ({100 * self.fraction:.0f} %)"]
         if self.rate is not None:
-            parts.append(f"{self.rate:,.1f} {self.unit}/s" if self.rate < 100 else f"{self.rate:,.0f} {self.unit}/s")
+            parts.append(pace(self.rate, self.unit))
         if self.seconds_left is not None:
             parts.append(f"{duration(self.seconds_left)} left")
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         return ", ".join(parts)
+
+
+def pace(rate: float, unit: str) -> str:
+    """3.4 steps/s, 1,204 steps/s, or 44.8 s/step."""
+    if rate < 1:
+        return f"{1 / rate:,.1f} s/{unit.removesuffix('s')}"
+    return f"{rate:,.1f} {unit}/s" if rate < 100 else f"{rate:,.0f} {unit}/s"
 
 
 def duration(seconds: float) -> str:

@@ -30,7 +30,11 @@ def strike(cause: str) -> None:
     if cause == "SIGKILL":
         os.kill(os.getpid(), signal.SIGKILL)
     elif cause == "SIGTERM":  # of the launcher, if there is one: it passes it on to every rank
-        os.kill(os.getppid() if "LOCAL_RANK" in os.environ else os.getpid(), signal.SIGTERM)
+        if "LOCAL_RANK" in os.environ:
+            os.kill(os.getppid(), signal.SIGTERM)
+            time.sleep(2)  # so small a run would be over before it has passed it on
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
     elif cause == "hang":
         time.sleep(1000)
     elif cause == "exception":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,11 +13,13 @@ from torch import Tensor
 
 from gpt2.bench_train import Loop, check, losses_of, zipf_tokens
 from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
-from gpt2.fast import FastGPT, accelerate, activation_bytes
+from gpt2.distributed import SOLO
+from gpt2.fast import FastGPT, Reference, accelerate, activation_bytes
 from gpt2.kernels import triton_or_none
 from gpt2.kernels.block import Recompute
 from gpt2.kernels.linear import Linear
 from gpt2.model import GPT
+from gpt2.parallel import Buckets, Replicas
 from gpt2.shards import ShardWriter
 
 CONFIG = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=16, vocab_size=100)
@@ -73,7 +75,7 @@ def test_gradients_are_autograds(recompute: Recompute) -> None:
     for _ in range(3):
         idx, targets = random_batch()
         loss, wanted = fast(idx, targets), plain(idx, targets)[1]
-        assert loss.item() == pytest.approx(wanted.item(), abs=1e-6)  # the plain path's softmax is fp32
+        assert loss.item() == pytest.approx(wanted.item(), abs=3e-6)  # the plain path's softmax is fp32
         (loss / 3).backward()
         (wanted / 3).backward()
     assert distance(model, plain) < 3e-6
@@ -175,6 +177,41 @@ def test_bf16_training_follows_the_plain_path(tmp_path: pytest.TempPathFactory) 
     assert abs(difference) < 0.003
 
 
+def test_gradients_in_buckets_train_alike() -> None:
+    """Catches bf16 weights that are never renewed where gradients are kept, as several processes do: the fused AdamW
+    changes a weight and leaves its version as it was."""
+    idx, targets = random_batch()
+    curves: list[list[float]] = []
+    for bucketed in (False, True):
+        torch.manual_seed(0)
+        model = random_model(dtype=torch.float32)
+        fast = FastGPT(model, Linear(), dtype=torch.bfloat16)
+        replicas = Replicas(model, OptimConfig(max_lr=1e-2, warmup_steps=0), SOLO)
+        if bucketed:
+            replicas.buckets = Buckets(list(model.parameters()), SOLO)
+        curves.append([])
+        for _ in range(6):
+            loss = fast(idx, targets)
+            loss.backward()
+            replicas.clip(1.0)
+            replicas.step(1e-2)
+            replicas.clear()
+            curves[-1].append(loss.item())
+    assert curves[0][-1] < curves[0][0] - 0.2
+    assert curves[1] == pytest.approx(curves[0], abs=1e-4)
+
+
+@pytest.mark.parametrize(("compiled", "expected"), [(True, 1), (False, 0), ("auto", 0)])
+def test_the_plain_path_is_compiled_on_demand(
+    compiled: bool | Literal["auto"], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches figures said to be those of compiled code that eager code made."""
+    calls: list[object] = []
+    monkeypatch.setattr(Reference, "compile", lambda path: calls.append(path))
+    accelerate(random_model(dtype=torch.float32), Runtime(kernels="reference", compile=compiled), CPU)
+    assert len(calls) == expected
+
+
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
 def test_on_a_cpu_nothing_is_said(kernels: Literal["auto", "reference"], capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a fallback that is noisy or changes the numbers where there is nothing to fall back from."""
@@ -194,6 +231,12 @@ def test_a_sequence_too_long_is_refused() -> None:
         fast(*random_batch(T=17))
 
 
+def tensors_in(kept: Any) -> list[Tensor]:
+    if isinstance(kept, Tensor):
+        return [kept]
+    return [tensor for part in kept for tensor in tensors_in(part)] if isinstance(kept, tuple) else []
+
+
 def test_activation_bytes_counts_what_is_kept() -> None:
     """Catches an estimate that sends a run out of memory: measured against the tensors that a forward pass leaves."""
     model = random_model(dtype=torch.float32)
@@ -207,9 +250,19 @@ def test_activation_bytes_counts_what_is_kept() -> None:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            fast(*random_batch(B=4, T=16))
+            loss = fast(*random_batch(B=4, T=16))
+        node, blocks = loss.grad_fn, 0
+        while node is not None:  # what the passes keep by themselves, the hooks do not see
+            own = getattr(node, "kept", None)
+            kept += sum(tensor.nbytes for tensor in tensors_in(own))
+            kept += sum(tensor.nbytes for tensor in tensors_in(getattr(node, "dlogits", None)))
+            blocks += own is not None
+            following = (after for after, _ in node.next_functions if after is not None)
+            node = next((after for after in following if "Backward" in after.name()), None)
+        assert blocks == (0 if recompute == "block" else CONFIG.n_layer)
         estimate = activation_bytes(CONFIG, 64, recompute)  # type: ignore[arg-type]
-        assert kept <= 2 * estimate  # fp32 here, bf16 there
+        working = 16 * 2 * 64 * CONFIG.n_embd  # what one block needs while it runs, kept by none
+        assert 0.8 * (estimate - working) < kept / 2 <= estimate  # fp32 here, bf16 there
 
 
 def test_check_compares_every_step(tmp_path: pytest.TempPathFactory) -> None:

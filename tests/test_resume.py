@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import WHOLE_VOCABULARY, assert_same, faulty, make_run, make_shards, result, run, start, steps
+from tiny_run import WHOLE_VOCABULARY, assert_same, faulty, lines, make_run, make_shards, result, run, start, steps
+
+from gpt2.records import Records
 
 CAUSES = ("SIGKILL", "SIGTERM", "exception", "disk full")
 PHASES = ("step", "validation", "checkpoint")
@@ -76,6 +78,34 @@ def test_an_interrupted_run_ends_like_one_that_was_not(matrix: Matrix, cause: st
     if cause == "exception":
         first = case["output"].index("Traceback")
         assert "a fault of this test" in case["output"][first:].split("Traceback")[1]
+
+
+def test_a_line_torn_by_a_full_disk_goes_at_the_next_start(tmp_path: Path) -> None:
+    """Bug: the next line is written onto the torn one, and from then on the file cannot be read."""
+    records = Records(tmp_path, 12, active=True)
+    records.go_back_to(0, evaluated=False)
+    records.sample(0, "", "whole")
+    with open(tmp_path / "samples.jsonl", "a") as file:
+        file.write('{"time": 1, "step": 4, "te')
+    for _ in range(2):
+        records.go_back_to(4, evaluated=False)
+        records.sample(4, "", "again")
+    assert [line["text"] for line in lines(tmp_path / "samples.jsonl")] == ["whole", "again"]
+
+
+@pytest.mark.slow
+def test_a_signal_does_not_wait_for_the_end_of_a_long_step(tmp_path: Path) -> None:
+    """Bug: a step of a large model takes longer than a machine that is taken away leaves."""
+    directory = make_run(tmp_path, runtime={"micro_batch_size": 1}, total_batch_size=16 * 1500, max_steps=3)
+    process = start(directory)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 143, rest
+    assert steps(directory) == [1], rest
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_run import CONFIG, lines, make_run, make_shards, result, run, set_runtime, steps
+from tiny_run import CONFIG, assert_same, faulty, lines, make_run, make_shards, result, run, set_runtime, steps
 
 from gpt2.anomaly import Anomalies, z_score
 from gpt2.checkpoint import load_model, save_model
@@ -148,15 +148,15 @@ def test_verdicts() -> None:
     assert judge.judge(3.0, 7.0).kind == "gradient spike"
 
 
-def poisoned(store: Path, step: int, **changes: Any) -> Path:
-    """A run in whose data one step holds nothing but a token that no other step has."""
+def poisoned(store: Path, *poison: int, **changes: Any) -> Path:
+    """A run in whose data some steps hold nothing but a token that no other step has."""
     directory = make_run(store, **changes)
     config = StageDir(directory).config(TrainConfig)
     shards = sorted((StageDir(directory).input("shards").path / "shards").glob("*train*"))
     loader = Loader(shards, 16, 12, config.seed, 300)
     streams = [bytearray(path.read_bytes()) for path in shards]
     places = [(shard, 1024 + 2 * i) for shard, size in ((0, 1400), (1, 2000)) for i in range(size)]
-    for number in loader.sequences(step):
+    for number in (number for step in poison for number in loader.sequences(step)):
         for shard, at in places[number * 16 : number * 16 + 16]:
             streams[shard][at : at + 2] = (299).to_bytes(2, "little")
     for path, stream in zip(shards, streams, strict=True):
@@ -185,6 +185,29 @@ def test_a_spike_is_handled_as_the_config_says(tmp_path: Path, action: str) -> N
         assert (found["step"], found["seen_at"], passed_over, skips) == (8, 10, 2, 1)
     else:
         assert (found["step"], passed_over, skips) == (10, 0, int(action == "skip"))
+
+
+@pytest.mark.slow
+def test_going_back_twice_passes_over_all_that_was_bad(tmp_path: Path) -> None:
+    """Bug: the second return to a checkpoint forgets the first, and meets the same data again."""
+    directory = poisoned(tmp_path, 9, 11, anomalies={**SPIKY, "on_spike": "rollback"})
+    run(directory)
+    found = [line for line in lines(directory / "anomalies.jsonl") if line["kind"] == "loss spike"]
+    assert [(line["step"], line["passed_over"], line["skips"]) for line in found] == [(8, 2, 1), (8, 4, 2)]
+    assert result(directory)["losses"][2:] == (4, 2)
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_going_back_does_not_go_back_again(tmp_path: Path) -> None:
+    """Bug: until the next checkpoint a resume knows nothing of the data that was passed over: it meets the same spike,
+    and writes it down twice."""
+    anomalies = {**SPIKY, "on_spike": "rollback"}
+    whole, killed = (poisoned(tmp_path / name, 9, anomalies=anomalies) for name in ("whole", "killed"))
+    run(whole)
+    run(killed, expect=-9, words=faulty(killed, 1, "SIGKILL", "step", 0, step=10))
+    assert "loss spike" not in run(killed)
+    assert_same(result(killed), result(whole))
+    assert lines(killed / "anomalies.jsonl") == lines(whole / "anomalies.jsonl")
 
 
 @pytest.mark.slow
