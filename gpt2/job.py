@@ -21,7 +21,7 @@ from gpt2.flops import mfu
 from gpt2.interruption import Interrupted, Interruption
 from gpt2.loader import Batch, Loader, Prefetcher, places, write_aligned_starts
 from gpt2.manifest import TokenizeFacts
-from gpt2.memory import candidates, choose, free_bytes, largest_that_fits
+from gpt2.memory import choose, free_bytes, settle_micro_batch
 from gpt2.model import GPT
 from gpt2.parallel import MOMENTS, LossFn, Parallel, Replicas
 from gpt2.records import Records
@@ -84,7 +84,7 @@ class Job:
         self._saved_step = -1
         self._recent: list[float] = []
         self.restore()
-        self._settle_micro_batch(directory.runtime)
+        self.runtime = settle_micro_batch(config, self.runtime, directory.runtime, world, self.parallel, self.loss_fn)
         parts = places(config.sequences_per_step, world.size, self.micro_batch_size, world.rank)
         self.data = Prefetcher(loader, parts, world.device)
 
@@ -116,24 +116,6 @@ class Job:
             share = loader.n_sequences * config.model.block_size / len(loader.stream)
             self.records.say(f"sequences that begin at a document's start hold {share:.1%} of the tokens")
         return loader
-
-    def _settle_micro_batch(self, asked: Runtime) -> None:
-        """On a GPU, try what was only estimated: the largest micro-batch whose forward and backward pass go through."""
-        if asked.micro_batch_size != "auto" or self.world.device.type != "cuda" or self.runtime.sharding == "fsdp":
-            return  # fsdp: a process that runs out of memory alone would leave the others waiting
-        config = self.config
-
-        def attempt(micro: int) -> None:
-            tokens = torch.randint(config.model.vocab_size, (micro, config.model.block_size), device=self.world.device)
-            try:
-                self.parallel.backward(self.loss_fn(tokens, tokens), last=False)
-            finally:
-                self.parallel.clear()
-
-        tried = candidates(-(-config.sequences_per_step // self.world.size), self.micro_batch_size)
-        micro = largest_that_fits(tried, attempt, self.world)
-        self.runtime = self.runtime.model_copy(update={"micro_batch_size": micro})
-        self.records.say(f"memory: micro-batch of {micro} x {config.model.block_size:,} tokens")
 
     # --------------------------------------------------------------------------------------- to disk and back
 

@@ -16,6 +16,7 @@ from gpt2.config import ModelConfig, Runtime, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.fast import activation_bytes
+from gpt2.parallel import LossFn, Parallel
 
 Sharding = Literal["ddp", "zero1", "fsdp"]
 GB = 1e9
@@ -190,6 +191,35 @@ def _explain(
 def candidates(sequences: int, most: int) -> list[int]:
     """Micro-batches worth trying, the largest first: divisors of a process's sequences, up to `most`."""
     return [n for n in range(min(sequences, most), 0, -1) if sequences % n == 0]
+
+
+def settle_micro_batch(
+    config: TrainConfig, runtime: Runtime, asked: Runtime, world: World, parallel: Parallel, loss_fn: LossFn
+) -> Runtime:
+    """On a GPU, try what was only estimated: the largest micro-batch whose forward and backward pass go through.
+
+    Args:
+        runtime: what `choose` made of `asked`.
+
+    Returns:
+        The runtime with that micro-batch. Every process must call it.
+    """
+    if asked.micro_batch_size != "auto" or world.device.type != "cuda" or runtime.sharding == "fsdp":
+        return runtime  # fsdp: a process that runs out of memory alone would leave the others waiting
+    assert runtime.micro_batch_size != "auto"
+
+    def attempt(micro: int) -> None:
+        tokens = torch.randint(config.model.vocab_size, (micro, config.model.block_size), device=world.device)
+        try:
+            parallel.backward(loss_fn(tokens, tokens), last=False)
+        finally:
+            parallel.clear()
+
+    tried = candidates(-(-config.sequences_per_step // world.size), runtime.micro_batch_size)
+    micro = largest_that_fits(tried, attempt, world)
+    if world.is_main:
+        print(f"memory: micro-batch of {micro} x {config.model.block_size:,} tokens", flush=True)
+    return runtime.model_copy(update={"micro_batch_size": micro})
 
 
 def largest_that_fits(micro_batch_sizes: Sequence[int], attempt: Callable[[int], Any], world: World) -> int:

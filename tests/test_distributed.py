@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import run_processes
 from tiny_run import assert_same, faulty, make_run, make_shards, result, run, set_runtime, start, steps
 from torch import nn
 
+from gpt2.bench_check import Loop, zipf_tokens
+from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
 from gpt2.distributed import SOLO, World
 from gpt2.parallel import owners
 
@@ -164,3 +169,42 @@ def test_a_world_of_one_needs_nobody() -> None:
     assert SOLO.broadcast_json({"a": [1, None]}) == {"a": [1, None]}
     assert not SOLO.heard("failed") and SOLO.first_to_say("failed")
     assert World(0, 0, 1, torch.device("cpu")) == SOLO
+
+
+CONFIG = TrainConfig(
+    model=ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=16, vocab_size=300),
+    optim=OptimConfig(max_lr=1e-2, warmup_steps=1),
+    total_batch_size=192,
+    max_steps=4,
+)
+
+
+def losses_of_the_bench(world: World, sharding: str) -> list[float]:
+    loop = Loop(CONFIG, Runtime(gpus=0, micro_batch_size=4, sharding=sharding), world)  # type: ignore[arg-type]
+    batch = zipf_tokens(CONFIG.model, CONFIG.sequences_per_step, world.device)
+    return [loop.step(step, batch) for step in range(4)]
+
+
+@pytest.mark.parametrize(("size", "sharding"), [(2, "ddp"), (3, "zero1")])
+def test_the_bench_times_the_same_training_on_several(size: int, sharding: str) -> None:
+    """Bug: the speed of processes that each train on the whole batch, or apart."""
+    alone = losses_of_the_bench(SOLO, "ddp")
+    assert alone[-1] < alone[0] - 0.05
+    for losses in run_processes(size, losses_of_the_bench, sharding):
+        assert losses == pytest.approx(alone, rel=1e-5)
+
+
+def test_the_bench_under_torchrun(tmp_path: Path) -> None:
+    """Bugs: every process speaks, no figure for what the sums cost, an efficiency beside another number of tokens."""
+    words = ["-m", "gpt2.bench_train", "--size=demo", "--total-batch-size=4096", "--micro-batch-size=8", "--steps=2"]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    subprocess.run([sys.executable, *words, f"--json={one}"], env=environment, check=True, timeout=120)
+    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
+    output = subprocess.run(
+        [*several, f"--beside={one}", f"--json={two}"], env=environment, check=True, timeout=120, capture_output=True
+    ).stdout.decode()
+    figures = json.loads(two.read_text())
+    efficiency = 50 * figures["tokens/s"] / json.loads(one.read_text())["tokens/s"]
+    assert figures["scaling efficiency %"] == pytest.approx(efficiency)
+    assert output.count("tokens/s") == 1 and "ms of summing gradients not hidden" in figures

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt2.bench_train import Loop, check, losses_of, zipf_tokens
+from gpt2.bench_check import Loop, check, losses_of, real_batches, zipf_tokens
 from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
 from gpt2.distributed import SOLO
 from gpt2.fast import FastGPT, Reference, accelerate, activation_bytes
@@ -160,18 +160,16 @@ def test_bf16_training_follows_the_plain_path(tmp_path: pytest.TempPathFactory) 
     path = tmp_path / "text_train_000001.bin"  # type: ignore[operator]
     with ShardWriter(path) as shard:
         shard.write(tokens.numpy().astype("uint16"))
-    plain = losses_of(config, Runtime(kernels="reference"), CPU, path, 4, config.max_steps)
+    plain = losses_of(config, Runtime(kernels="reference"), SOLO, path, 4, config.max_steps)
 
     class Fast(Loop):
         def __init__(self) -> None:
-            super().__init__(config, Runtime(), CPU, 4)
+            super().__init__(config, Runtime(gpus=0, micro_batch_size=4), SOLO)
             self.loss = FastGPT(self.parallel.model, Linear(), dtype=torch.bfloat16)
 
-    import gpt2.bench_train as bench
-
     loop = Fast()
-    batches = bench.real_batches(path, config.model, config.sequences_per_step, CPU)
-    fast = [loop.step(step, next(batches)).item() for step in range(config.max_steps)]
+    batches = real_batches(path, config.model, config.sequences_per_step, CPU)
+    fast = [loop.step(step, next(batches)) for step in range(config.max_steps)]
     assert plain[-1] < plain[0] - 0.3
     difference = sum(b - a for a, b in zip(plain, fast, strict=True)) / len(plain)
     assert abs(difference) < 0.003
@@ -272,9 +270,9 @@ def test_check_compares_every_step(tmp_path: pytest.TempPathFactory) -> None:
     path = tmp_path / "text_train_000001.bin"  # type: ignore[operator]
     with ShardWriter(path) as shard:
         shard.write(torch.randint(0, 100, (500,)).numpy().astype("uint16"))
-    assert check(config, Runtime(), CPU, path, 2, 4)["largest"] < 1e-5
-    other = losses_of(config.model_copy(update={"seed": 7}), Runtime(), CPU, path, 2, 4)
-    assert other != losses_of(config, Runtime(), CPU, path, 2, 4)
+    assert check(config, Runtime(), SOLO, path, 2, 4)["largest"] < 1e-5
+    other = losses_of(config.model_copy(update={"seed": 7}), Runtime(), SOLO, path, 2, 4)
+    assert other != losses_of(config, Runtime(), SOLO, path, 2, 4)
 
 
 @pytest.mark.gpu
