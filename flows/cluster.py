@@ -13,7 +13,6 @@ from prefect import flow
 from prefect.context import FlowRunContext
 from prefect_dask import DaskTaskRunner, get_dask_client
 
-import flows.environment  # noqa: F401  before prefect, which reads its settings when imported
 from gpt2.cluster import tokenize_to
 from gpt2.config import TokenizeConfig
 from gpt2.manifest import TokenizeFacts

@@ -23,7 +23,6 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 
-import flows.environment  # noqa: F401  before prefect
 from gpt2.errors import UserError
 
 ROOT = Path(__file__).parent.parent

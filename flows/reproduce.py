@@ -25,7 +25,6 @@ from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 
-import flows.environment  # noqa: F401  before prefect, which reads its settings when imported
 from flows import services
 from flows.environment import settle_prefect
 from gpt2.config import RunConfig, Runtime, Section

@@ -257,3 +257,12 @@ def test_without_a_server_the_state_lies_in_the_store(command_line: CommandLine,
     assert status == 0 and output.count("Cached") == 6
     assert output.splitlines()[-1].startswith("Prefect  make up, then http://127.0.0.1:4200/runs/flow-run/")
     assert not list((tmp_path / ".prefect").glob("*.db"))
+
+
+def test_prefect_is_told_before_it_is_imported() -> None:
+    """Bug: settings that Prefect has read by the time they are set: usage is reported, a lost flow noticed late."""
+    code = "import flows.reproduce; from prefect.settings import get_current_settings as s; "
+    code += "print(s().server.analytics_enabled, s().flows.heartbeat_frequency)"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DO_NOT"))}
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert output.stdout.split() == ["False", "30"]
