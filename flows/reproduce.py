@@ -35,7 +35,7 @@ from gpt2.recipe import load, load_runtime, parse_overrides
 from tasks import registry
 from tasks.launch import StageCrashed, StageFailed
 from tasks.mirror import Mirror, preload
-from tasks.stage import benchmark, download, evaluate, report, tokenize, train
+from tasks.stage import benchmark, download, evaluate, harness, report, tokenize, train
 from tasks.tracking import Tracking
 
 
@@ -85,7 +85,14 @@ def reproduce(
         scored_in_training = [made[config.train.benchmark]] if config.train.benchmark else []
         model = train(steps.train, how, shards, *scored_in_training)
         scores = evaluate(steps.evaluate, how, model, shards, *made.values())
-        page = report(steps.report, how, shards, model, scores)
+        judged: list[Manifest] = []
+        if steps.harness:
+            try:
+                judged = [harness(steps.harness, how, model)]
+            except StageFailed as error:
+                get_run_logger().warning("lm-evaluation-harness is left out: %s", error)
+                mirror.plan = steps = plan(config, how.store, skipped | skipped_more, str(error))
+        page = report(steps.report, how, shards, model, scores, *judged)
     _register(config, steps, how, mirror)
     _show_report(config, how.store / steps.report.address, mirror)
     return Outcome(report=page, mlflow=mirror.fragment if mirror.run_id else None, flow_run=str(flow_run))

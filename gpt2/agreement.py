@@ -19,7 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from gpt2.benchmark import prepare_files
@@ -28,7 +27,7 @@ from gpt2.errors import UserError
 from gpt2.examples import Examples, load
 from gpt2.harness import Sample, choices, run_harness
 from gpt2.multiple_choice import Sums, sequence_sums
-from gpt2.pretrained import load_any
+from gpt2.pretrained import load_any, pick_device
 from gpt2.stage import fail
 
 ROUNDING = 1e-4
@@ -116,7 +115,7 @@ def table(lines: Sequence[Line]) -> str:
     return "\n".join(rows)
 
 
-def agreement(model: Path, hellaswag: Path, limit: int | None = None, device: str = "cpu") -> list[Line]:
+def agreement(model: Path, hellaswag: Path, limit: int | None = None, device: str = "auto") -> list[Line]:
     """Run both on one model and one HellaSwag file.
 
     Raises:
@@ -124,8 +123,9 @@ def agreement(model: Path, hellaswag: Path, limit: int | None = None, device: st
     """
     results = run_harness(model, ["hellaswag"], data={"hellaswag": hellaswag}, limit=limit, device=device)
     theirs = choices(results.samples["hellaswag"])
-    weights = load_any(model, device)
-    world = replace(SOLO, device=torch.device(device))
+    place = pick_device(device)
+    weights = load_any(model, place)
+    world = replace(SOLO, device=place)
     measured = {}
     with TemporaryDirectory() as scratch:
         for prompt in ("harness", "llm.c"):
@@ -141,7 +141,7 @@ def main(arguments: list[str]) -> None:
     options.add_argument("model", type=Path, help="checkpoint folder, Hugging Face folder or llm.c file")
     options.add_argument("hellaswag", type=Path, help="hellaswag_val.jsonl, also .gz")
     options.add_argument("--limit", type=int, help="only the first so many examples")
-    options.add_argument("--device", default="cpu")
+    options.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     given = options.parse_args(arguments)
     print(table(agreement(given.model, given.hellaswag, given.limit, given.device)))
 

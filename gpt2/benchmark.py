@@ -22,6 +22,8 @@ from gpt2.stage import StageDir, main
 from gpt2.tokenizer import gpt2_encoding
 
 ANY: TypeAdapter[BenchmarkConfig] = TypeAdapter(BenchmarkConfig)
+KINDS = tuple(str(config.model_fields["kind"].default) for config in READERS)
+"""of benchmarks that are made from files of their own"""
 
 
 def work(stage: StageDir) -> None:
@@ -55,7 +57,8 @@ def write(stage: StageDir, kind: str, prepared: Prepared, where: str, files: lis
     )
     stage.metrics().write(0, done=facts.examples, total=facts.examples, unit="examples")
     stage.finish([*files, *written], facts, sha256=sha256)
-    print(f"{facts.kind}: {facts.examples:,} examples from {where}", flush=True)
+    lacking = f", without {', '.join(facts.left_out)}" if facts.left_out else ""
+    print(f"{facts.kind}: {facts.examples:,} examples from {where}{lacking}", flush=True)
 
 
 def describe(kind: str, prepared: Prepared, where: str) -> Description:
@@ -76,13 +79,16 @@ def prepare_files(kind: str, prompt: str, files: list[Path], directory: Path, li
     """Prepare a benchmark from its own files into `directory`, outside of any store.
 
     Args:
-        kind: hellaswag, lambada, arc, piqa, winogrande, wikitext103 or core.
+        kind: one of `KINDS`.
         prompt: for HellaSwag "llm.c" (or empty) or "harness".
+        files: of the benchmark; a folder stands for all its files that a benchmark may be made of.
         limit: only the first so many examples.
 
     Raises:
         UserError: no such kind, or files that are not of it.
     """
+    where = ", ".join(str(file) for file in files)  # as given: a folder may hold a hundred
+    files = _unfolded(files)
     section: dict[str, Any] = {"kind": kind, "source": {"kind": "local", "paths": [str(file) for file in files]}}
     try:
         options = ({"prompt": prompt} if prompt else {}) | ({"limit": limit} if limit else {})
@@ -90,8 +96,21 @@ def prepare_files(kind: str, prompt: str, files: list[Path], directory: Path, li
     except ValidationError as error:
         raise UserError(f"benchmark {kind}{':' + prompt if prompt else ''}: {error.errors()[0]['msg']}") from error
     prepared = READERS[type(config)](config, files, gpt2_encoding().encode_ordinary)
-    where = ", ".join(str(file) for file in files)
     save(pack(describe(kind, prepared, where), prepared.examples), directory)
+
+
+def _unfolded(paths: list[Path]) -> list[Path]:
+    """The paths with each folder replaced by its files, also those in its folders, by name; other files are passed
+    over: a folder that was fetched may hold a README."""
+    files: list[Path] = []
+    for path in paths:
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.name.endswith(BENCHMARK_FORMATS))
+            if not inside:
+                raise UserError(f"{path} holds no file of a benchmark: those end in {', '.join(BENCHMARK_FORMATS)}")
+        files += inside
+    return files
 
 
 def val_shards(tokenized: StageDir) -> list[Path]:

@@ -194,6 +194,23 @@ class EvaluateConfig(Section):
     benchmarks: Annotated[tuple[str, ...], Field(description="names under `benchmarks`")] = ()
 
 
+class HarnessConfig(Section):
+    """EleutherAI's lm-evaluation-harness itself, on the finished model, for what `benchmarks` does not know."""
+
+    tasks: Annotated[tuple[str, ...], Field(min_length=1, description="the harness's names, such as arc_easy")]
+    data: Annotated[
+        dict[str, str], Field(description="task -> local file (jsonl, parquet) of its examples, instead of the Hub")
+    ] = {}
+    limit: Annotated[PositiveInt | None, Field(description="of each task, only so many examples")] = None
+
+    @model_validator(mode="after")
+    def _data_is_for_tasks(self) -> HarnessConfig:
+        for task in self.data:
+            if task not in self.tasks:
+                raise ValueError(f"data names {task!r}, but tasks has only {sorted(self.tasks)}")
+        return self
+
+
 class Published(Section):
     """Figures somebody else published for this recipe, with where they stand; drawn beside ours."""
 
@@ -225,6 +242,7 @@ class RunConfig(Section):
     benchmarks: dict[str, BenchmarkConfig] = {}
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    harness: Annotated[HarnessConfig | None, Field(description="needs pip install 'reproduce-gpt2[harness]'")] = None
     baselines: Annotated[
         dict[str, ModelSource], Field(description="models of others, by a name for people, to be measured as ours is")
     ] = {}

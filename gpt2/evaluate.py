@@ -2,7 +2,7 @@
 
 Alone, on any model (a checkpoint of ours, a Hugging Face folder, a llm.c file), without a store:
 
-    python -m gpt2.evaluate --folder MODEL --shards FILE... --benchmark hellaswag=FILE... [--out scores.json]
+    python -m gpt2.evaluate --folder MODEL --shards FILE... --benchmark hellaswag=FILE easy=arc:FILE [--out scores.json]
 
 Either way each number is the same for any number of processes.
 """
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from gpt2.benchmark import prepare_files, val_shards
+from gpt2.benchmark import KINDS, prepare_files, val_shards
 from gpt2.config import EvaluateConfig, Runtime
 from gpt2.distributed import World, join, leave, locate
 from gpt2.errors import UserError
@@ -26,12 +26,13 @@ from gpt2.machine import keep_compiled
 from gpt2.manifest import EvaluateFacts, PretrainedFacts, Score, TrainFacts, write_model
 from gpt2.measure import Measurement, Result, how
 from gpt2.metrics import MetricsWriter
-from gpt2.pretrained import load_any
+from gpt2.pretrained import load_any, pick_device
 from gpt2.source_config import Section
 from gpt2.stage import StageDir
 from gpt2.train import end, report, set_determinism
 
 SCORES, KEPT = "scores.json", "measured"
+PROMPTS = ("llm.c", "harness")
 
 
 class Scores(Section):
@@ -52,8 +53,11 @@ class Scores(Section):
         if self.val_loss is not None:
             found.append(f"  val loss {self.val_loss:.4f} over {self.val_tokens:,} tokens")
         for name, result in self.benchmarks.items():
-            found.append(f"  {name}: {_figures(result.score)}")
+            there, lacking = len(result.score.parts), result.left_out
+            of_all = f"CORE over {there} of {there + len(lacking)} tasks: " if there else ""
+            found.append(f"  {name}: {of_all}{_figures(result.score)}")
             found += [f"    {part}: {_figures(score)}" for part, score in result.score.parts.items()]
+            found += [f"    {part}: left out, {why}" for part, why in lacking.items()]
         return found + [f"  {name}: skipped, {why}" for name, why in self.skipped.items()]
 
 
@@ -204,24 +208,42 @@ def prepare_benchmarks(given: Sequence[str], scratch: Path) -> Mapping[str, Path
     """Directories of prepared benchmarks by name. Each process prepares for itself: there may be no shared folder.
 
     Args:
-        given: NAME=DIRECTORY for one that a stage prepared, or KIND=FILE[,FILE...] for its own files, as in
-            hellaswag=hellaswag_val.jsonl; KIND:harness prompts HellaSwag as lm-evaluation-harness does.
+        given: NAME=DIRECTORY for one that a stage prepared; KIND=FILE[,FILE...] for its own files, as in
+            hellaswag=hellaswag_val.jsonl, or a folder of them; NAME=KIND:FILE[,FILE...] for several of one kind.
+            hellaswag:harness for a kind prompts HellaSwag as lm-evaluation-harness does.
 
     Raises:
-        UserError: neither.
+        UserError: none of these, or a name that is given twice.
     """
     found: dict[str, Path] = {}
     for text in given:
         name, equals, where = text.partition("=")
         if not equals:
             raise UserError(f"{text!r} names no benchmark: write hellaswag=FILE, or NAME=DIRECTORY of a prepared one")
+        if name in found:
+            raise UserError(f"{name} is given twice: give each a name of its own, as in NAME={name}:FILE")
         directory = Path(where)
         if not (directory / DESCRIPTION).exists():
             directory = scratch / str(len(found))
-            kind, _, prompt = name.partition(":")
-            prepare_files(kind, prompt, [Path(file) for file in where.split(",")], directory)
+            kind, prompt, files = _asked(name, where)
+            prepare_files(kind, prompt, [Path(file) for file in files.split(",")], directory)
         found[name] = directory
     return found
+
+
+def _asked(name: str, where: str) -> tuple[str, str, str]:
+    """Kind, prompt and files of KIND[:PROMPT]=FILES or NAME=KIND[:PROMPT]:FILES."""
+    kind, asked, prompt = name.partition(":")
+    first, colon, files = where.partition(":")
+    if colon and first in KINDS and not asked:
+        before, colon, after = files.partition(":")
+        return (first, before, after) if colon and before in PROMPTS else (first, "", files)
+    if kind not in KINDS:
+        raise UserError(
+            f"{kind!r} is no kind of benchmark, and none stands before its file: write KIND=FILE or NAME=KIND:FILE, "
+            f"with {', '.join(KINDS)} for KIND"
+        )
+    return kind, prompt, where
 
 
 def parser() -> argparse.ArgumentParser:
@@ -231,11 +253,16 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--shards", nargs="+", default=[], help="validation shards, for the validation loss")
     options.add_argument("--val-tokens", type=int, default=EvaluateConfig().val_tokens)
     options.add_argument(
-        "--benchmark", nargs="+", default=[], metavar="NAME=PATH", help="hellaswag=FILE, or a prepared directory"
+        "--benchmark",
+        nargs="+",
+        default=[],
+        metavar="NAME=PATH",
+        help="KIND=FILE[,FILE...] or KIND=FOLDER, NAME=KIND:FILE for several of one kind, or NAME=DIRECTORY of a "
+        f"prepared one; KIND is one of {', '.join(KINDS)}, and hellaswag:harness prompts as lm-evaluation-harness does",
     )
     options.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options.add_argument("--micro-batch-size", default="auto", type=lambda text: text if text == "auto" else int(text))
-    options.add_argument("--device", choices=["auto", "cpu"], default="auto")
+    options.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     options.add_argument("--out", help="also write the figures and every choice to this JSON file")
     return options
 
@@ -253,7 +280,7 @@ def main(arguments: list[str]) -> int:
             run(path, world)
         else:
             options = parser().parse_args(arguments)
-            world = locate("cpu" if options.device == "cpu" else None)
+            world = locate(pick_device(options.device).type)
             alone(options, world)
     except BaseException as error:
         if isinstance(error, SystemExit):

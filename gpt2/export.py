@@ -5,6 +5,8 @@
     python -m gpt2.export CHECKPOINT OUT --format llmc-bf16    llm.c, version 5
     python -m gpt2.export CHECKPOINT OUT --push user/name      the folder, and then to the Hub; the token is HF_TOKEN
 
+With --push an OUT that is CHECKPOINT's export already is pushed as it is, so one can read and edit the card before.
+
 CHECKPOINT is anything that `gpt2.pretrained.resolve` knows, so this also converts OpenAI's GPT-2 to llm.c and back.
 
 GGUF comes from llama.cpp's own converter: `python convert_hf_to_gguf.py OUT --outfile model.gguf`. It is in llama.cpp's
@@ -21,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gpt2 import model_card
@@ -32,7 +35,7 @@ from gpt2.llmc import write_llmc
 from gpt2.model import GPT
 from gpt2.pretrained import read_any, resolve
 from gpt2.stage import fail
-from gpt2.tensor_file import write_tensors
+from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_files
 from gpt2.weights import hf_config, load_hf, to_hf
 
@@ -63,7 +66,7 @@ def export_hf(checkpoint: Path, out: Path, *, name: str | None = None) -> Path:
         write_tensors(folder / WEIGHTS, weights)
         has_tokenizer = config.vocab_size == VOCAB_SIZE
         files = {
-            MODEL_CONFIG: _json(hf_config(config) | {"dtype": "float32"}),
+            MODEL_CONFIG: _config_json(config),
             "generation_config.json": _json(_generation_config(config)),
             "README.md": model_card.render(
                 model_card.gather(resolve(checkpoint), config, name), tokenizer=has_tokenizer
@@ -82,15 +85,33 @@ def export_hf(checkpoint: Path, out: Path, *, name: str | None = None) -> Path:
     return out
 
 
+def is_export(folder: Path, checkpoint: Path) -> bool:
+    """Whether `folder` is what `export_hf` made of `checkpoint`: its architecture and every weight. The card and the
+    tokenizer may have been edited.
+
+    Raises:
+        UserError: there is no model at `checkpoint`, or the folder's weights are damaged.
+    """
+    if not all((folder / name).is_file() for name in (MODEL_CONFIG, WEIGHTS)):
+        return False
+    config, weights = _read(checkpoint)
+    if (folder / MODEL_CONFIG).read_text(encoding="utf-8") != _config_json(config):
+        return False
+    there = read_tensors(folder / WEIGHTS)
+    return there.keys() == weights.keys() and all(torch.equal(there[name], weights[name]) for name in weights)
+
+
 def export_llmc(checkpoint: Path, out: Path, version: int = 3) -> Path:
     """Write file `out` as llm.c reads it; see `gpt2.llmc`. The returned path is `out`, or `out`/gpt2.bin where `out` is
     a folder.
 
     Raises:
-        UserError: there is no model at `checkpoint`.
+        UserError: there is no model at `checkpoint`, or something at the returned path.
     """
-    config, weights = _read(checkpoint)
     file = out / "gpt2.bin" if out.is_dir() else out
+    if file.exists():
+        raise UserError(f"{file} exists: delete it, or give another file")
+    config, weights = _read(checkpoint)
     write_llmc(file, config, weights, version)
     return file
 
@@ -119,8 +140,12 @@ def push(folder: Path, repo: str, *, public: bool = False) -> str:
 
 
 def _refuse_existing(out: Path) -> None:
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if _holds_something(out):
         raise UserError(f"{out} exists: delete it, or give another folder")
+
+
+def _holds_something(out: Path) -> bool:
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
 
 
 def _read(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -129,6 +154,10 @@ def _read(checkpoint: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     model = GPT(config)
     load_hf(model, weights)
     return config, to_hf(model)
+
+
+def _config_json(config: ModelConfig) -> str:
+    return _json(hf_config(config) | {"dtype": "float32"})
 
 
 def _generation_config(config: ModelConfig) -> dict[str, Any]:
@@ -188,7 +217,9 @@ def _json(value: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt2.export", description="A checkpoint for other programs.")
-    parser.add_argument("checkpoint", type=Path, help="checkpoint folder, Hugging Face folder, llm.c file, train stage")
+    parser.add_argument(
+        "checkpoint", type=Path, help="checkpoint folder, Hugging Face folder, llm.c file, finished stage"
+    )
     parser.add_argument("out", type=Path, help="folder to make, or file for llm.c")
     parser.add_argument("--format", choices=["hf", *LLMC_VERSIONS], default="hf")
     parser.add_argument("--name", help="of the model on its card, after gpt2-")
@@ -199,7 +230,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"--push uploads the folder of --format hf, not of {args.format}")
     if args.push and not os.environ.get(TOKEN_VARIABLE):
         raise UserError(f"--push needs a token with write access in the environment, as {TOKEN_VARIABLE}")
-    if args.format == "hf":
+    if args.push and _holds_something(args.out):
+        if not is_export(args.out, args.checkpoint):
+            raise UserError(
+                f"{args.out} exists and is not {args.checkpoint}'s export: delete it, or give another folder"
+            )
+        print(f"{args.out} is there already and is pushed as it is: {', '.join(sorted(os.listdir(args.out)))}")
+    elif args.format == "hf":
         print(export_hf(args.checkpoint, args.out, name=args.name))
     else:
         print(export_llmc(args.checkpoint, args.out, LLMC_VERSIONS[args.format]))

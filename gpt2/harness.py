@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from gpt2.atomic import write_text
 from gpt2.errors import UserError
 from gpt2.export import export_hf
+from gpt2.pretrained import pick_device
 from gpt2.stage import fail
 
 METRICS = ("acc", "acc_norm", "acc_bytes")
@@ -56,7 +57,7 @@ def run_harness(
     *,
     data: Mapping[str, Path] | None = None,
     limit: int | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     batch_size: int = 16,
 ) -> HarnessResults:
     """Evaluate a model in fp32; each task by itself, so that one whose data is missing costs only itself.
@@ -66,14 +67,16 @@ def run_harness(
         tasks: the harness's names, such as hellaswag, or paths of task files.
         data: task -> file (jsonl or parquet) to take its examples from, instead of the Hub.
         limit: only the first so many examples of each.
+        device: as `gpt2.pretrained.pick_device` takes it.
 
     Raises:
-        UserError: the harness is not installed, there is no model, or no task could be run.
+        UserError: the harness is not installed, there is no model or no such device, or no task could be run.
     """
+    chosen = str(pick_device(device))
     harness = _harness()
     with tempfile.TemporaryDirectory() as scratch:
         exported = export_hf(model, Path(scratch) / "model")
-        wrapped = harness.HFLM(pretrained=str(exported), device=device, batch_size=batch_size, dtype="float32")
+        wrapped = harness.HFLM(pretrained=str(exported), device=chosen, batch_size=batch_size, dtype="float32")
         figures: dict[str, dict[str, float]] = {}
         samples: dict[str, list[dict[str, Any]]] = {}
         skipped: dict[str, str] = {}
@@ -174,7 +177,7 @@ def main(arguments: list[str]) -> None:
     options.add_argument("tasks", nargs="+", help="names of tasks, or paths of task files")
     options.add_argument("--data", nargs="+", default=[], metavar="TASK=FILE", help="examples from a local file")
     options.add_argument("--limit", type=int, help="only the first so many examples of each task")
-    options.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    options.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, ...")
     options.add_argument("--batch-size", type=int, default=16)
     options.add_argument("--out", type=Path, help="also write figures and samples to this JSON file")
     given = options.parse_args(arguments)

@@ -199,13 +199,32 @@ class EvaluateFacts(Section):
     precision: str = "fp32"
 
 
+class HarnessFacts(Section):
+    """What lm-evaluation-harness itself measured."""
+
+    stage: Literal["harness"] = "harness"
+    version: str
+    """of lm-evaluation-harness"""
+    figures: dict[str, dict[str, float]]
+    """task -> metric, by the harness's own names -> value"""
+    examples: dict[str, int] = {}
+    """task -> examples asked"""
+
+
 class ReportFacts(Section):
     stage: Literal["report"] = "report"
     headline: dict[str, float | str | None] = {}
 
 
 Facts = Annotated[
-    DownloadFacts | TokenizeFacts | BenchmarkFacts | TrainFacts | PretrainedFacts | EvaluateFacts | ReportFacts,
+    DownloadFacts
+    | TokenizeFacts
+    | BenchmarkFacts
+    | TrainFacts
+    | PretrainedFacts
+    | EvaluateFacts
+    | HarnessFacts
+    | ReportFacts,
     Field(discriminator="stage"),
 ]
 

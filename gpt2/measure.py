@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Annotated, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from gpt2.config import Runtime
 from gpt2.distributed import World
@@ -47,6 +48,8 @@ class Result(Section):
     score: Score
     chosen: dict[str, Chosen]
     """by task; perplexity has none"""
+    left_out: Annotated[dict[str, str], Field(exclude_if=lambda tasks: not tasks)] = {}
+    """tasks that belong to the benchmark and that its data lacks -> why; not written where there are none"""
 
 
 class How(NamedTuple):
@@ -101,7 +104,9 @@ class Measurement:
             sums = sequence_sums(
                 self.model, examples, self.world, self.how.batch_tokens, self.how.precision, on_tokens=self.on_tokens
             )
-            return Result(score=score(examples, sums), chosen=chosen(examples, sums))
+            return Result(
+                score=score(examples, sums), chosen=chosen(examples, sums), left_out=examples.description.left_out
+            )
 
         return self._once(f"benchmark-{name}", Result, work)
 

@@ -6,10 +6,10 @@ weights, gets a card that says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -19,11 +19,13 @@ from gpt2.manifest import (
     METRICS,
     PROVENANCE,
     REQUEST,
+    BenchmarkFacts,
     DownloadFacts,
     EvaluateFacts,
     Facts,
     Manifest,
     Request,
+    Score,
     TokenizeFacts,
     TrainFacts,
     read_model,
@@ -52,6 +54,8 @@ class Record:
     """the optimizer step after which val_loss was measured"""
     evaluation: EvaluateFacts | None = None
     """only for the final checkpoint"""
+    left_out: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """benchmark of the evaluation -> tasks that its data lacked -> why"""
     corpus: DownloadFacts | None = None
     repository: str | None = None
     """of the corpus, on the Hugging Face Hub"""
@@ -77,9 +81,8 @@ def gather(checkpoint: Path, model: ModelConfig, name: str | None = None) -> Rec
     corpus = store / shards_request.inputs.get("corpus", "none") if shards_request else None
     corpus_request = _request(corpus) if corpus else None
     source = corpus_request.config.get("source", {}) if corpus_request else {}
-    evaluations = (
-        [d for d, r in _stages(store, "evaluate") if r.inputs.get("model") == request.address] if final else []
-    )
+    evaluations = [d for d, r in _stages(store, "evaluate") if r.inputs.get("model") == request.address and final]
+    evaluation = max(evaluations, key=lambda d: (d / MANIFEST).stat().st_mtime, default=None)
     reports = [r for _, r in _stages(store, "report") if r.inputs.get("model") == request.address]
     return Record(
         name=name or next((str(r.config["name"]) for r in reports if "name" in r.config), size),
@@ -90,9 +93,8 @@ def gather(checkpoint: Path, model: ModelConfig, name: str | None = None) -> Rec
         facts=facts if final else None,
         val_loss=facts.val_loss if final and facts else loss,
         val_step=facts.steps if final and facts else loss_step,
-        evaluation=_facts(max(evaluations, key=lambda d: (d / MANIFEST).stat().st_mtime), EvaluateFacts)
-        if evaluations
-        else None,
+        evaluation=_facts(evaluation, EvaluateFacts) if evaluation else None,
+        left_out=_left_out(store, evaluation) if evaluation else {},
         corpus=_facts(corpus, DownloadFacts) if corpus else None,
         repository=source.get("repo") if isinstance(source, dict) else None,
         shards=_facts(shards, TokenizeFacts),
@@ -128,7 +130,10 @@ def _front_matter(record: Record) -> dict[str, Any]:
         front["datasets"] = [record.repository]
     results = []
     for name, score in (record.evaluation.scores if record.evaluation else {}).items():
-        metrics = [{"type": kind, "name": kind, "value": round(value, 5)} for kind, value in score.figures().items()]
+        metrics = [
+            {"type": figure.type, "name": f"{figure.type}: {figure.how}", "value": round(figure.value, 5)}
+            for figure in _figures(score, record.left_out.get(name, {}))
+        ]
         if metrics:
             task = {"type": "text-generation"}
             results.append({"task": task, "dataset": {"type": name, "name": name}, "metrics": metrics})
@@ -165,9 +170,44 @@ def _results(record: Record) -> list[tuple[str, str]]:
         rows.append((f"validation loss while training, after step {record.val_step:,}", f"{record.val_loss:.4f}"))
     for name, score in (record.evaluation.scores if record.evaluation else {}).items():
         chance = f", chance {score.chance:.3g}" if score.chance is not None else ""
-        for kind, value in score.figures().items():
-            rows.append((f"{name} {kind} ({score.examples:,} examples{chance})", f"{value:.4f}"))
+        prompt = f", prompt: {score.prompt}" if score.prompt else ""
+        for figure in _figures(score, record.left_out.get(name, {})):
+            of = f"{figure.how}; {score.examples:,} examples{chance}{prompt}"
+            rows.append((f"{name} {figure.type} ({of})", f"{figure.value:.4f}"))
     return rows
+
+
+class _Figure(NamedTuple):
+    type: str
+    how: str
+    value: float
+
+
+def _figures(score: Score, lacking: Mapping[str, str]) -> list[_Figure]:
+    """The figures under the names that others know them by, and how each is made: acc_norm is one thing to llm.c and
+    another to lm-evaluation-harness, and a card is read beside cards that were made with the one or the other."""
+    tasks = f"{len(score.parts)} of {len(score.parts) + len(lacking)} tasks"
+    without = f", without {', '.join(lacking)}" if lacking else ""
+    acc = "every token of the answer is the likeliest" if score.perplexity is not None else "by summed log probability"
+    token, character, byte = (f"by log probability a {unit}" for unit in ("token", "character", "byte"))
+    if score.prompt == "harness":
+        names = {
+            "acc_norm": ("acc_norm_tokens", token),
+            "acc_norm_chars": ("acc_norm", f"{character}, lm-evaluation-harness's acc_norm"),
+            "acc_norm_bytes": ("acc_bytes", f"{byte}, lm-evaluation-harness's acc_bytes"),
+        }
+    else:
+        names = {
+            "acc_norm": ("acc_norm", f"{token}, llm.c's acc_norm"),
+            "acc_norm_chars": ("acc_norm_chars", character),
+            "acc_norm_bytes": ("acc_norm_bytes", byte),
+        }
+    names |= {
+        "acc": ("acc", acc),
+        "perplexity": ("perplexity", f"a {score.unit or 'token'}"),
+        "centered": ("centered", f"CORE over {tasks}{without}: mean of (accuracy - chance) / (1 - chance)"),
+    }
+    return [_Figure(*names[name], value) for name, value in score.figures().items()]
 
 
 def _recipe(record: Record) -> list[tuple[str, str]]:
@@ -237,6 +277,14 @@ def _facts(stage: Path, kind: type[Facts]) -> Any:
         return None
     facts = read_model(stage / MANIFEST, Manifest).facts
     return facts if isinstance(facts, kind) else None
+
+
+def _left_out(store: Path, evaluation: Path) -> dict[str, dict[str, str]]:
+    """What the benchmarks of an evaluation lacked, by their names there."""
+    request = _request(evaluation)
+    roles = {role: store / address for role, address in request.inputs.items()} if request else {}
+    found = {role.removeprefix("benchmark:"): _facts(path, BenchmarkFacts) for role, path in roles.items()}
+    return {name: facts.left_out for name, facts in found.items() if facts is not None}
 
 
 def _stages(store: Path, stage: str) -> Iterator[tuple[Path, Request]]:

@@ -9,6 +9,7 @@ python -m gpt2.plan 124m --checkpoint                 the folder of the finished
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from typing import Any
 from gpt2.config import (
     BenchmarkConfig,
     Continuation,
+    HarnessConfig,
     LocalFiles,
     LocalModel,
     ModelSource,
@@ -29,7 +31,7 @@ from gpt2.config import (
 from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
-from gpt2.sources import BENCHMARK_FORMATS, MODEL_FORMATS, identify, identify_weights
+from gpt2.sources import BENCHMARK_FORMATS, HARNESS_FORMATS, MODEL_FORMATS, identify, identify_weights
 from gpt2.stages import STAGES
 
 
@@ -41,16 +43,20 @@ class Plan(Section):
     benchmarks: dict[str, Request]
     train: Request
     evaluate: Request
+    harness: Request | None
     report: Request
 
     def requests(self) -> dict[str, Request]:
-        """By a name for people: download, tokenize, benchmark-hellaswag, train, evaluate, report."""
+        """By a name for people: download, tokenize, benchmark-hellaswag, train, evaluate, harness, report."""
         named = {f"benchmark-{name}": request for name, request in self.benchmarks.items()}
+        harness = {"harness": self.harness} if self.harness else {}
         return {"download": self.download, "tokenize": self.tokenize, **named,
-                "train": self.train, "evaluate": self.evaluate, "report": self.report}  # fmt: skip
+                "train": self.train, "evaluate": self.evaluate, **harness, "report": self.report}  # fmt: skip
 
 
-def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) -> Plan:
+def plan(
+    config: RunConfig, store: Path, skip: Mapping[str, str] | None = None, without_harness: str | None = None
+) -> Plan:
     """Work out every stage's request.
 
     Sources are identified by content, so local files are hashed here (once: the hashes are remembered in the store,
@@ -59,9 +65,11 @@ def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) 
     Args:
         skip: optional benchmarks that turned out not to be had -> why. A plan without one asks for another evaluation
             than a plan with it, so that nothing is skipped any more once the data is there.
+        without_harness: why the harness, though asked for, could not be run; likewise.
 
     Raises:
         UserError: a local file is missing; not where only an optional benchmark lacks it, unless training scores it.
+            Or the harness is asked for and not installed.
     """
     identity, hints = identify(config.download.source, store)
     download = _request("download", {"source": identity}, hints={"source": hints})
@@ -93,6 +101,7 @@ def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) 
         {"model": train.address, "shards": tokenize.address, **scored},
         {"skipped": skipped},
     )
+    harness = None if config.harness is None or without_harness else harness_request(config.harness, train, store)
     report = _request(
         "report",
         {"name": config.name, **config.report.model_dump(mode="json")},
@@ -100,12 +109,40 @@ def plan(config: RunConfig, store: Path, skip: Mapping[str, str] | None = None) 
             "shards": tokenize.address,
             "model": train.address,
             "scores": evaluate.address,
+            **({"harness": harness.address} if harness else {}),
             **_measured_baselines(config, evaluate, store),
         },
+        {"without_harness": without_harness} if without_harness else {},
     )
     return Plan(
-        download=download, tokenize=tokenize, benchmarks=benchmarks, train=train, evaluate=evaluate, report=report
+        download=download,
+        tokenize=tokenize,
+        benchmarks=benchmarks,
+        train=train,
+        evaluate=evaluate,
+        harness=harness,
+        report=report,
     )
+
+
+def harness_request(config: HarnessConfig, train: Request, store: Path) -> Request:
+    """Running lm-evaluation-harness on what `train` makes. Another version of the harness is another measurement.
+
+    Raises:
+        UserError: the harness is not installed, or a file of its data is missing.
+    """
+    try:
+        version = importlib.metadata.version("lm_eval")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(
+            "harness: lm-evaluation-harness is not installed: pip install 'reproduce-gpt2[harness]', or harness=null"
+        ) from None
+    section, hints = config.model_dump(mode="json") | {"version": version}, {}
+    if config.data:
+        paths = sorted({str(Path(path).expanduser().absolute()) for path in config.data.values()})
+        section["source"], hints["source"] = identify(LocalFiles(paths=tuple(paths)), store, HARNESS_FORMATS)
+        section["data"] = {task: paths.index(str(Path(p).expanduser().absolute())) for task, p in config.data.items()}
+    return _request("harness", section, {"model": train.address}, hints)
 
 
 class BaselinePlan(Section):

@@ -16,12 +16,32 @@ from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
 from gpt2.llmc import is_llmc, read_llmc
-from gpt2.manifest import MANIFEST, Manifest, TrainFacts, read_model
+from gpt2.manifest import MANIFEST, Manifest, PretrainedFacts, TrainFacts, read_model
 from gpt2.model import GPT
 from gpt2.tensor_file import read_tensors
 from gpt2.weights import load_hf, read_hf_config
 
 SHARDED, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that a command line's --device names; "auto": the GPU where there is one.
+
+    Raises:
+        UserError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise UserError(f"--device {name}: torch finds no GPU here; leave the option away, or give cpu")
+        if name != "cuda":  # torchrun's processes each take another one
+            torch.empty(0, device=device)  # the one question that every kind of device answers
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).strip().splitlines()
+        raise UserError(f"--device {name} cannot be used: {why[0] if why else 'torch does not say why'}") from error
+    return device
 
 
 def load_any(path: Path, device: torch.device | str = "cpu") -> GPT:
@@ -43,8 +63,8 @@ def read_any(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
     Args:
         path: a checkpoint folder of ours; a Hugging Face folder, with model.safetensors in one file or several or
-            pytorch_model.bin; a llm.c file, or a folder that holds just one; the directory of a finished train stage,
-            whose final checkpoint is meant.
+            pytorch_model.bin; a llm.c file, or a folder that holds just one; the directory of a finished stage that has
+            a model: a training, whose final checkpoint is meant, or fetched weights.
 
     Raises:
         UserError: none of these, or damaged.
@@ -69,7 +89,7 @@ def resolve(path: Path) -> Path:
         return path
     if (path / MANIFEST).exists():
         facts = read_model(path / MANIFEST, Manifest).facts
-        if isinstance(facts, TrainFacts):
+        if isinstance(facts, TrainFacts | PretrainedFacts):
             return path / facts.checkpoint
     found = [file for file in sorted(path.glob("*.bin")) if is_llmc(file)]
     if len(found) == 1:

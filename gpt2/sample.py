@@ -5,7 +5,7 @@
     python -m gpt2.sample FOLDER --interactive           continue what is typed
     python -m gpt2.sample FOLDER --chat                  the same, laid out as a conversation
 
-FOLDER is a checkpoint of ours, a Hugging Face folder, a llm.c file, or the directory of a finished train stage.
+FOLDER is a checkpoint of ours, a Hugging Face folder, a llm.c file, or the directory of a finished stage with a model.
 """
 
 from __future__ import annotations
@@ -16,12 +16,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from gpt2.errors import UserError
 from gpt2.generation import Choice, Generation, generate
 from gpt2.model import GPT
-from gpt2.pretrained import load_any
+from gpt2.pretrained import load_any, pick_device
 from gpt2.stage import fail
 from gpt2.tokenizer import EOT, gpt2_encoding
 
@@ -176,11 +174,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--top-p", type=float, help="only the likeliest tokens that reach this probability together")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token; for comparison")
     args = parser.parse_args(argv)
 
-    model = load_any(args.folder, args.device)
+    model = load_any(args.folder, pick_device(args.device))
     options = {
         "temperature": args.temperature,
         "top_k": args.top_k,

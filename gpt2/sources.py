@@ -32,6 +32,7 @@ TEXT_FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SHARD_FORMATS = (".bin",)
 MODEL_FORMATS = (".json", ".safetensors", "pytorch_model.bin")
 BENCHMARK_FORMATS = (*TEXT_FORMATS, ".yaml", ".csv", ".tokens")
+HARNESS_FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 """what benchmarks are made of: texts, and for CORE the list of its tasks"""
 
 

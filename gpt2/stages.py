@@ -9,7 +9,7 @@ class Stage(Section):
     name: str
     version: int
     """Bump with the bytes: an edit that changes what the stage writes must change its addresses. Tests of golden
-    bytes make forgetting it impossible."""
+    bytes fail where it is forgotten: of the shards, of every benchmark's reader and prompt, and of the report."""
     module: str
     """started as `python -m <module> <directory>`"""
     parallel: bool
@@ -28,6 +28,7 @@ STAGES = {
         Stage(name="train", version=1, module="gpt2.train", parallel=True),
         Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True),
         Stage(name="pretrained", version=1, module="gpt2.baseline", parallel=False),
+        Stage(name="harness", version=1, module="gpt2.harness_stage", parallel=False),
         Stage(name="report", version=1, module="gpt2.report", parallel=False),
     )
 }

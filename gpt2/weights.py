@@ -19,7 +19,16 @@ from gpt2.errors import UserError
 from gpt2.model import GPT, LAYER_NORM_EPS
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-WTE = "transformer.wte.weight"
+WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
+FIXED = {
+    "scale_attn_by_inverse_layer_idx": False,
+    "scale_attn_weights": True,
+    "layer_norm_epsilon": LAYER_NORM_EPS,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
+"""What config.json may say in one way only: the model computes so, whatever the file asks for. These are also Hugging
+Face's defaults. `reorder_and_upcast_attn` is not among them, as it only changes the rounding."""
 
 
 def to_hf(model: GPT) -> dict[str, Tensor]:
@@ -59,11 +68,11 @@ def load_hf(model: GPT, weights: Mapping[str, Tensor]) -> None:
     """Copy Hugging Face weights into `model`; with or without the prefix "transformer.", causal masks left out.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape.
+        UserError: a tensor is missing, unknown or of another shape, or the head is not the token embedding.
     """
     given = {_full_name(name): tensor for name, tensor in weights.items()}
     given = {name: tensor for name, tensor in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    given.pop("lm_head.weight", None)  # the same tensor as wte
+    head = given.pop(HEAD, None)
     wanted = to_hf(model)
     if missing := wanted.keys() - given.keys():
         raise UserError(f"the weights lack {', '.join(sorted(missing)[:3])} ({len(missing)} of {len(wanted)} tensors)")
@@ -75,6 +84,8 @@ def load_hf(model: GPT, weights: Mapping[str, Tensor]) -> None:
                 f"{name} is {tuple(given[name].shape)} in the weights and {tuple(ours.shape)} in the model: "
                 f"use the configuration that they were trained with"
             )
+    if head is not None and (head.shape != given[WTE].shape or not torch.equal(head, given[WTE].to(head))):
+        raise UserError(f"{HEAD} is not {WTE}: GPT-2's head is its token embedding, a head of its own would be lost")
     model.transformer.wte.weight.zero_()  # the padded rows stay so
     for name, ours in wanted.items():
         ours.copy_(given[name])
@@ -114,7 +125,7 @@ def read_hf_config(path: Path) -> ModelConfig:
     """The architecture that a Hugging Face config.json describes.
 
     Raises:
-        UserError: it is missing, or describes something else than GPT-2.
+        UserError: it is missing, or describes something else than GPT-2, also a variant that computes otherwise.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -127,6 +138,11 @@ def read_hf_config(path: Path) -> ModelConfig:
     activation = fields.get("activation_function", "gelu_new")
     if activation not in ("gelu_new", "gelu_pytorch_tanh"):
         raise UserError(f"{path} has activation_function {activation!r}: GPT-2's is 'gelu_new'")
+    for name, only in FIXED.items():
+        if (value := fields.get(name, only)) != only:
+            raise UserError(f"{path} has {name} {value!r}: GPT-2's is {only!r}, and only that is computed here")
+    if (inner := fields.get("n_inner")) not in (None, 4 * fields["n_embd"]):
+        raise UserError(f"{path} has n_inner {inner!r}: GPT-2's is 4 * n_embd, {4 * fields['n_embd']}")
     return ModelConfig(
         n_layer=fields["n_layer"],
         n_head=fields["n_head"],

@@ -24,6 +24,7 @@ from gpt2.manifest import (
     METRICS,
     PROVENANCE,
     EvaluateFacts,
+    HarnessFacts,
     Manifest,
     Request,
     TokenizeFacts,
@@ -319,11 +320,13 @@ class Mirror:
         self._remember("data_set", self.plan.tokenize.address)
 
     def _send_facts(self) -> None:
-        """final/*: what training ended with; evaluate/*: of the finished model."""
+        """final/*: what training ended with; evaluate/* and harness/*: of the finished model."""
         from mlflow.entities import Metric
 
-        for request in (self.plan.train, self.plan.evaluate):
-            if self._sent.get(f"facts.{request.stage}") == request.address or not (done := self._finished(request)):
+        for request in (self.plan.train, self.plan.evaluate, self.plan.harness):
+            if request is None or self._sent.get(f"facts.{request.stage}") == request.address:
+                continue
+            if not (done := self._finished(request)):
                 continue
             facts, ended = done[0].facts, int(done[1].ended * 1000)
             step = self.config.train.max_steps
@@ -339,6 +342,12 @@ class Mirror:
                     "train_seconds",
                 }
                 values = {f"final/{key}": value for key, value in facts.model_dump(include=names).items()}
+            elif isinstance(facts, HarnessFacts):
+                values = {
+                    f"harness/{task}/{name}": value
+                    for task, figures in facts.figures.items()
+                    for name, value in figures.items()
+                }
             else:
                 assert isinstance(facts, EvaluateFacts)
                 values = evaluated(facts)

@@ -18,6 +18,7 @@ from gpt2.manifest import (
     DownloadFacts,
     EvaluateFacts,
     Facts,
+    HarnessFacts,
     ReportFacts,
     Score,
     ShardEntry,
@@ -126,6 +127,12 @@ def evaluate(directory: StageDir, action: str) -> tuple[list[str], Facts]:
     return [name], EvaluateFacts(val_loss=2.0, val_tokens=30, scores=scores, skipped=directory.request.hints["skipped"])
 
 
+def harness(directory: StageDir, action: str) -> tuple[list[str], Facts]:
+    tasks = directory.request.config["tasks"]
+    name = _write(directory, "results.json", "{}")
+    return [name], HarnessFacts(version="0", figures={task: {"acc": 0.4} for task in tasks})
+
+
 def report(directory: StageDir, action: str) -> tuple[list[str], Facts]:
     names = [
         _write(directory, "report.md", f"# {directory.request.config['title']}\n\n![loss](plots/loss.png)\n"),
@@ -135,7 +142,7 @@ def report(directory: StageDir, action: str) -> tuple[list[str], Facts]:
     return names, ReportFacts(headline={"val_loss": 2.0})
 
 
-MAKE = {f.__name__: f for f in (download, tokenize, benchmark, train, evaluate, report)}
+MAKE = {f.__name__: f for f in (download, tokenize, benchmark, train, evaluate, harness, report)}
 
 if __name__ == "__main__":
     main(work)

@@ -18,7 +18,9 @@ from gpt2 import benchmark
 from gpt2.checkpoint import save_model
 from gpt2.config import Continuation, EvaluateConfig, ModelConfig, Runtime
 from gpt2.distributed import SOLO
-from gpt2.evaluate import Scores, prepare_benchmarks, work
+from gpt2.errors import UserError
+from gpt2.evaluate import Scores, parser, prepare_benchmarks, work
+from gpt2.examples import load
 from gpt2.manifest import EvaluateFacts, Request, TrainFacts, read_model, write_model
 from gpt2.measure import Measurement, digits, how
 from gpt2.metrics import read_metrics
@@ -201,13 +203,65 @@ def test_alone_on_any_folder(tmp_path: Path) -> None:
 
 def test_an_unfinished_input_says_so(tmp_path: Path) -> None:
     """Would catch: figures of a training that is still going on."""
-    from gpt2.errors import UserError
-
     directory = evaluation(tmp_path)
     stage = StageDir(directory)
     (tmp_path / stage.request.inputs["model"] / "manifest.json").unlink()
     with pytest.raises(UserError, match="is not finished"):
         work(StageDir(directory), SOLO)
+
+
+def test_a_core_over_part_of_its_tasks_says_so(tmp_path: Path) -> None:
+    """Would catch: a mean over some of CORE's tasks printed, and kept, as if it were CORE."""
+    save_model(tmp_path / "model", tiny_model())
+    tasks = [
+        {"label": label, "dataset_uri": f"x/{label}.jsonl", "icl_task_type": "language_modeling", "num_fewshot": [0]}
+        for label in ("here", "gone", "lost")
+    ]
+    folder = tmp_path / "core" / "eval_data" / "deep"
+    folder.mkdir(parents=True)
+    (tmp_path / "core" / "core.yaml").write_text(json.dumps({"icl_tasks": tasks}))
+    (tmp_path / "core" / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nhere,0\ngone,0\nlost,0\n")
+    (tmp_path / "core" / "README.md").write_text("not of the benchmark")
+    (folder / "here.jsonl").write_text(json.dumps({"context": "One two", "continuation": "three"}) + "\n")
+    directories = prepare_benchmarks([f"core={tmp_path / 'core'}"], tmp_path / "scratch")
+    assert load(directories["core"]).description.origin == str(tmp_path / "core")
+    world_way = how(Runtime(), SOLO, 64)
+    result = Measurement(tiny_model(), SOLO, world_way, tmp_path / "kept").benchmark("core", directories["core"])
+    assert Measurement(tiny_model(), SOLO, world_way, tmp_path / "kept").benchmark("core", Path("none")) == result
+    scores = Scores(model="m", precision="fp32", val_loss=None, val_tokens=None, benchmarks={"core": result})
+    printed = "\n".join(scores.lines())
+    assert "core: CORE over 1 of 3 tasks: centered 0.0000 of 1" in printed
+    assert "gone: left out, core.yaml names x/gone.jsonl" in printed and "lost: left out, " in printed
+    assert list(json.loads(scores.model_dump_json())["benchmarks"]["core"]["left_out"]) == ["gone", "lost"]
+    with pytest.raises(UserError, match="holds no file of a benchmark"):
+        (tmp_path / "empty").mkdir()
+        prepare_benchmarks([f"core={tmp_path / 'empty'}"], tmp_path / "other")
+
+
+def test_benchmarks_of_one_kind_need_names(tmp_path: Path) -> None:
+    """Would catch: the first of two benchmarks with one name dropped without a word."""
+    row = {"question": "Why?", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+    files = [tmp_path / "easy.jsonl", tmp_path / "challenge.jsonl"]
+    for number, file in enumerate(files, 1):
+        file.write_text(number * (json.dumps(row) + "\n"))
+    easy, challenge = files
+    for twice in ([f"arc={easy}", f"arc={challenge}"], [f"a=arc:{easy}", f"a=hellaswag:{FIXTURE}"]):
+        with pytest.raises(UserError, match=r"(arc|a) is given twice"):
+            prepare_benchmarks(twice, tmp_path / "twice")
+    given = [
+        f"easy=arc:{easy}", f"both=arc:{easy},{challenge}", f"arc={challenge}", f"h=hellaswag:harness:{FIXTURE}",
+        f"plain=hellaswag:llm.c:{FIXTURE}", f"hellaswag:harness={FIXTURE}", f"piqa=arc:{easy}",
+    ]  # fmt: skip
+    found = {name: load(path).description for name, path in prepare_benchmarks(given, tmp_path / "made").items()}
+    assert {name: (one.kind, one.parts[0].examples) for name, one in found.items()} == {
+        "easy": ("arc", 1), "both": ("arc", 3), "arc": ("arc", 2), "h": ("hellaswag", 12), "plain": ("hellaswag", 12),
+        "hellaswag:harness": ("hellaswag", 12), "piqa": ("arc", 1),
+    }  # fmt: skip
+    assert (found["h"].prompt, found["plain"].prompt) == ("harness", "llm.c")
+    with pytest.raises(UserError, match=r"'easy' is no kind of benchmark.*hellaswag, lambada, arc"):
+        prepare_benchmarks([f"easy={easy}"], tmp_path / "none")
+    described = parser().format_help()
+    assert all(word in described for word in ("winogrande", "hellaswag:harness", "NAME=KIND:FILE"))
 
 
 def test_digits() -> None:

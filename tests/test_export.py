@@ -21,13 +21,24 @@ from safetensors.torch import load_file, save_file
 from trained_store import store_with_a_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
+from gpt2 import export, model_card
 from gpt2.checkpoint import save_model
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
 from gpt2.export import export_hf, export_llmc
 from gpt2.generation import generate
+from gpt2.manifest import (
+    BenchmarkFacts,
+    EvaluateFacts,
+    Manifest,
+    PretrainedFacts,
+    Request,
+    Score,
+    read_model,
+    write_model,
+)
 from gpt2.model import GPT
-from gpt2.pretrained import load_any, load_init
+from gpt2.pretrained import load_any, load_init, resolve
 from gpt2.tokenizer import gpt2_encoding
 from gpt2.weights import load_hf, to_hf
 
@@ -176,6 +187,13 @@ def test_nothing_is_overwritten_and_nothing_half_written(model: GPT, exported: P
     """An export over someone's folder; a folder without weights left by one that failed."""
     with pytest.raises(UserError, match="exists"):
         export_hf(exported, exported)
+    (tmp_path / "kept" / "gpt2.bin").parent.mkdir()
+    (tmp_path / "kept" / "gpt2.bin").write_bytes(b"precious")
+    for out in ("kept", "kept/gpt2.bin"):
+        with pytest.raises(UserError, match=r"gpt2\.bin exists"):
+            export_llmc(exported, tmp_path / out)
+    assert (tmp_path / "kept" / "gpt2.bin").read_bytes() == b"precious"
+    shutil.rmtree(tmp_path / "kept")
     shutil.copytree(exported, tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(UserError, match="damaged"):
@@ -214,7 +232,7 @@ def test_model_card_tells_what_was_asked_and_what_came_out(model: GPT, tmp_path:
     for expected in (
         "# gpt2-toy",
         "3.2511",
-        "hellaswag acc_norm (1,000 examples, chance 0.25) | 0.2812",
+        "hellaswag acc_norm (by log probability a token, llm.c's acc_norm; 1,000 examples, chance 0.25) | 0.2812",
         "HuggingFaceFW/fineweb@0000",
         "0.0006 to 0",
         "for 20 optimizer steps.",
@@ -229,6 +247,49 @@ def test_model_card_tells_what_was_asked_and_what_came_out(model: GPT, tmp_path:
     assert "after step 10 | 4.5000" in earlier
     assert "hellaswag" not in earlier
     assert "1,280" in earlier
+
+
+def test_model_card_calls_each_figure_what_others_call_it(tmp_path: Path) -> None:
+    """Our acc_norm, a token, published as the acc_norm that lm-evaluation-harness takes a character; a mean over some
+    of CORE's tasks published as CORE; a figure that nobody defines."""
+    by_length = {"acc": 0.1, "acc_norm": 0.2, "acc_norm_chars": 0.3, "acc_norm_bytes": 0.4, "examples": 9}
+    part = Score(examples=9)
+    scores = {
+        "llmc": Score(**by_length, prompt="llm.c"),
+        "harness": Score(**by_length, prompt="harness"),
+        "lambada": Score(acc=0.5, perplexity=40.0, unit="last word", examples=9, prompt="harness"),
+        "core": Score(centered=0.11, examples=18, parts={"a": part, "b": part}, prompt="core"),
+    }
+    facts = EvaluateFacts(val_loss=3.0, val_tokens=9, scores=scores)
+    card = model_card.render(model_card.Record("toy", CONFIG, evaluation=facts, left_out={"core": {"squad": "gone"}}))
+    head = yaml.safe_load(card.split("---\n")[1])["model-index"][0]["results"]
+    published = {result["dataset"]["name"]: {m["type"]: m["value"] for m in result["metrics"]} for result in head}
+    assert published["llmc"] == {"acc": 0.1, "acc_norm": 0.2, "acc_norm_chars": 0.3, "acc_norm_bytes": 0.4}
+    assert published["harness"] == {"acc": 0.1, "acc_norm_tokens": 0.2, "acc_norm": 0.3, "acc_bytes": 0.4}
+    names = {(result["dataset"]["name"], m["type"]): m["name"] for result in head for m in result["metrics"]}
+    assert names["harness", "acc_norm"] == "acc_norm: by log probability a character, lm-evaluation-harness's acc_norm"
+    assert names["llmc", "acc_norm"] == "acc_norm: by log probability a token, llm.c's acc_norm"
+    assert names["lambada", "acc"].endswith("every token of the answer is the likeliest")
+    assert names["lambada", "perplexity"] == "perplexity: a last word"
+    assert "CORE over 2 of 3 tasks, without squad" in names["core", "centered"]
+    for name in names.values():
+        assert name.partition(": ")[2] in card.split("---\n", 2)[2], name
+
+
+def test_model_card_finds_what_a_benchmark_lacked(model: GPT, tmp_path: Path) -> None:
+    """The tasks left out looked for under another name or in another stage, and so never named."""
+    trained = store_with_a_training(tmp_path, model)
+    lacking = BenchmarkFacts(kind="core", examples=9, chance=None, origin="x", left_out={"squad": "gone"})
+    request = Request(stage="benchmark", version=1, config={"kind": "core"})
+    write_model(
+        tmp_path / request.address / "manifest.json", Manifest(address=request.address, files=(), facts=lacking)
+    )
+    (evaluation,) = tmp_path.glob("evaluate/*/request.json")
+    asked = read_model(evaluation, Request)
+    inputs = asked.inputs | {"benchmark:core": request.address}
+    write_model(evaluation, asked.model_copy(update={"inputs": inputs}))
+    record = model_card.gather(trained / "checkpoints" / "step_00000020", model.config)
+    assert record.left_out == {"core": {"squad": "gone"}}
 
 
 def test_weights_without_records_get_a_card_that_says_so(exported: Path) -> None:
@@ -319,6 +380,37 @@ class _FakeHubRequest(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer({"id": "me/gpt2-toy", "sha": "0" * 40, "siblings": []})
+
+
+def test_push_goes_on_with_an_export_that_is_there(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An export that was read, and its card edited, has to be deleted before it can be pushed; another model's folder
+    pushed in its place."""
+    pushed: list[Path] = []
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    monkeypatch.setattr(export, "push", lambda folder, repo, public: pushed.append(folder) or "done")
+    out = shutil.copytree(exported, tmp_path / "out")
+    (out / "README.md").write_text("my own card")
+    export.main([str(exported), str(out), "--push", "me/toy"])
+    assert pushed == [out] and (out / "README.md").read_text() == "my own card"
+    assert "is there already and is pushed as it is: README.md, config.json" in capsys.readouterr().out
+    weights = load_file(out / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] += 1
+    save_file(weights, out / "model.safetensors")
+    with pytest.raises(UserError, match=r"exists and is not .*'s export"):
+        export.main([str(exported), str(out), "--push", "me/toy"])
+    with pytest.raises(UserError, match="exists: delete it"):
+        export.main([str(exported), str(out)])
+    assert pushed == [out]
+
+
+def test_fetched_weights_are_found_by_their_stage(exported: Path, tmp_path: Path) -> None:
+    """A baseline that can be evaluated, but not sampled from by the folder that its stage has in the store."""
+    shutil.copytree(exported, tmp_path / "model")
+    facts = PretrainedFacts(origin="somewhere", checkpoint="model")
+    write_model(tmp_path / "manifest.json", Manifest(address="pretrained/x", files=(), facts=facts))
+    assert resolve(tmp_path) == tmp_path / "model"
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.reproduce import Outcome, reproduce
 from gpt2.errors import UserError
+from gpt2.manifest import Request, read_model
 from gpt2.plan import plan
 from gpt2.recipe import load
 from tasks.launch import StageFailed
@@ -154,6 +155,24 @@ def test_an_optional_benchmark_may_be_missing(
     fake_stages(benchmark="user error")
     with pytest.raises(StageFailed, match=r"^benchmark"):
         toy(**required)
+
+
+def test_the_harness_may_fail_and_be_caught_up_on(
+    toy: Callable[..., Outcome], store: Path, fake_stages: Callable[..., None]
+) -> None:
+    """Bugs: a task whose data cannot be had costs the whole report, or its absence is taken for its result for ever."""
+    wanted = {"harness": {"tasks": ["arc_easy"]}}
+    fake_stages(harness="user error")
+    outcome = toy(**wanted)
+    assert (states(outcome)["harness"], states(outcome)["report"]) == ("Failed", "Completed")
+    asked = read_model(store / outcome.report.address / "request.json", Request)
+    assert "harness" not in asked.inputs and "shard 7 holds 3 tokens" in asked.hints["without_harness"]
+    fake_stages()
+    outcome = toy(**wanted)
+    assert {s for s, state in states(outcome).items() if state == "Completed"} == {"harness", "report"}
+    assert "harness" in read_model(store / outcome.report.address / "request.json", Request).inputs
+    (run,) = mlflow_runs(store)
+    assert run.data.metrics["harness/arc_easy/acc"] == 0.4
 
 
 def test_a_misspelt_override_fails_before_anything_runs(toy: Callable[..., Outcome], store: Path) -> None:

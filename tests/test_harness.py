@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import gzip
+import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from trained_store import store_with_a_training
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'reproduce-gpt2[harness]'")
 
 from gpt2 import agreement, harness
 from gpt2.checkpoint import save_model
-from gpt2.config import ModelConfig
+from gpt2.config import ModelConfig, Runtime
 from gpt2.errors import UserError
+from gpt2.manifest import HarnessFacts, Request, read_model
 from gpt2.measure import Measurement, how
 from gpt2.model import GPT
+from gpt2.plan import harness_request, prepare
+from gpt2.recipe import load
+from gpt2.stage import StageDir
 from gpt2.tokenizer import gpt2_encoding
 
 FIXTURE = Path(__file__).parent / "fixtures/hellaswag_small.jsonl"
@@ -79,7 +88,7 @@ def check(lines: list[agreement.Line], examples: int) -> None:
 def test_the_same_choices_on_every_example_of_our_own(model: Path) -> None:
     """Would catch: another cleaning of WikiHow's markers, capital letters, another cut between context and ending,
     lengths in bytes for characters (the examples have accents, quotation marks, dashes and emoji)."""
-    lines = agreement.agreement(model, FIXTURE)
+    lines = agreement.agreement(model, FIXTURE, device="cpu")
     check(lines, 12)
     assert all(line.too_close == 0 for line in lines if not line.why)
     by_chars, by_bytes = lines[1], lines[2]
@@ -89,7 +98,7 @@ def test_the_same_choices_on_every_example_of_our_own(model: Path) -> None:
 @pytest.mark.slow
 def test_the_same_choices_on_the_real_hellaswag(model: Path, tmp_path: Path) -> None:
     """Would catch: what only real texts have, in the first 80 examples."""
-    check(agreement.agreement(model, real_examples(tmp_path, 80)), 80)
+    check(agreement.agreement(model, real_examples(tmp_path, 80), device="cpu"), 80)
 
 
 @pytest.mark.slow
@@ -102,7 +111,7 @@ def test_the_same_log_probabilities(model: Path, tmp_path: Path) -> None:
     from gpt2.multiple_choice import sequence_sums
     from gpt2.pretrained import load_any
 
-    found = harness.run_harness(model, ["hellaswag"], data={"hellaswag": FIXTURE})
+    found = harness.run_harness(model, ["hellaswag"], data={"hellaswag": FIXTURE}, device="cpu")
     theirs = harness.choices(found.samples["hellaswag"])
     prepare_files("hellaswag", "harness", [FIXTURE], tmp_path / "ours")
     gpt = load_any(model)
@@ -138,7 +147,7 @@ def test_other_tasks_agree_too(model: Path, tmp_path: Path) -> None:
     for task, examples in rows.items():
         files[task] = tmp_path / f"{task}.jsonl"
         files[task].write_text("".join(json.dumps(row) + "\n" for row in examples))
-    found = harness.run_harness(model, list(rows), data=files)
+    found = harness.run_harness(model, list(rows), data=files, device="cpu")
     assert found.skipped == {}
     gpt = load_any(model)
     for task, file in files.items():
@@ -156,7 +165,78 @@ def test_other_tasks_agree_too(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_task_without_data_is_named(model: Path) -> None:
     """Would catch: one task that cannot be had taking the others with it, or vanishing."""
-    found = harness.run_harness(model, ["hellaswag", "piqa"], data={"hellaswag": FIXTURE}, limit=2)
+    found = harness.run_harness(model, ["hellaswag", "piqa"], data={"hellaswag": FIXTURE}, limit=2, device="cpu")
     assert list(found.figures) == ["hellaswag"] and list(found.skipped) == ["piqa"]
     with pytest.raises(UserError, match="piqa could not be run: "):
-        harness.run_harness(model, ["piqa"], limit=2)
+        harness.run_harness(model, ["piqa"], limit=2, device="cpu")
+
+
+class Asked(Exception):
+    """Stops what is tested once it has named its device."""
+
+
+def test_a_gpu_is_used_where_there_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Would catch: hours on the CPU beside an idle GPU, where the same evaluation of ours would have used it."""
+
+    def ask(device: object) -> None:
+        raise Asked(str(device))
+
+    fake = harness._Harness("0", lambda *, device, **_: ask(device), None, None)
+    monkeypatch.setattr(harness, "_harness", lambda: fake)
+    monkeypatch.setattr(harness, "export_hf", lambda model, out: out)
+    monkeypatch.setattr(agreement, "load_any", lambda model, device: ask(device))
+    for gpu, device in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        with pytest.raises(Asked, match=device):
+            harness.main([str(tmp_path), "hellaswag"])
+        with monkeypatch.context() as patched:
+            results = harness.HarnessResults("0", {}, {"hellaswag": []}, {})
+            patched.setattr(agreement, "run_harness", lambda *_, results=results, **__: results)
+            with pytest.raises(Asked, match=device):
+                agreement.main([str(tmp_path), str(FIXTURE)])
+    with pytest.raises(UserError, match="finds no GPU"):
+        harness.main([str(tmp_path), "hellaswag", "--device", "cuda"])
+
+
+def harness_stage(store: Path, **section: object) -> Path:
+    """The stage's directory for a finished training in `store`."""
+    gpt = GPT(SMALL.model_copy(update={"block_size": 128}))
+    gpt.init_weights(5)
+    trained = store_with_a_training(store, gpt).relative_to(store)
+    config = load("demo", {"harness": {"tasks": ["hellaswag"], "limit": 6, **section}}).harness
+    assert config is not None
+    train = read_model(store / trained / "request.json", Request)
+    return prepare(harness_request(config, train, store), Runtime(store=store, gpus=0))
+
+
+@pytest.mark.slow
+def test_as_a_stage(tmp_path: Path) -> None:
+    """Would catch: another model measured than the one that was trained, data of one task given to another, a hole
+    taken for a result."""
+    directory = harness_stage(tmp_path, data={"hellaswag": str(FIXTURE)})
+    words = [sys.executable, "-m", "gpt2.harness_stage"]
+    done = subprocess.run([*words, str(directory)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    facts = StageDir(directory).facts(HarnessFacts)
+    checkpoint = next(tmp_path.glob("train/*/checkpoints/step_00000020"))
+    alone = harness.run_harness(checkpoint, ["hellaswag"], data={"hellaswag": FIXTURE}, limit=6, device="cpu")
+    assert facts.figures == alone.figures and facts.examples == {"hellaswag": 6}
+
+    other = harness_stage(tmp_path)  # from the Hub, which is not there
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run([*words, str(other)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 2 and "error: hellaswag could not be run" in done.stderr
+    assert other != directory and not (other / "manifest.json").exists()
+
+
+def test_a_harness_that_is_not_there_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Would catch: days of training, and then a package that is missing."""
+
+    def version(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(UserError, match=r"pip install 'reproduce-gpt2\[harness\]'"):
+        harness_stage(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from gpt2.checkpoint import load_model, save_model
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT
-from gpt2.weights import load_hf, to_hf
+from gpt2.weights import hf_config, load_hf, read_hf_config, to_hf
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=130)
 
@@ -47,6 +48,41 @@ def test_we_read_transformers_folder(tmp_path: Path) -> None:
     logits = model(idx)[0]
     assert logits is not None
     torch.testing.assert_close(theirs(idx).logits, logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+        ("layer_norm_epsilon", 1e-2),
+        ("tie_word_embeddings", False),
+        ("add_cross_attention", True),
+        ("n_inner", 32),
+        ("activation_function", "relu"),
+    ],
+)
+def test_variants_that_compute_otherwise_are_refused(tmp_path: Path, field: str, value: object) -> None:
+    """Bug: a GPT-2 that scales its attention otherwise, or has a head of its own, loads and gives wrong figures."""
+    plain = hf_config(TINY)
+    (tmp_path / "config.json").write_text(json.dumps(plain | {field: value}))
+    with pytest.raises(UserError, match=f"{field} {value!r}"):
+        read_hf_config(tmp_path / "config.json")
+    harmless = {"reorder_and_upcast_attn": True, "n_inner": 64, "scale_attn_weights": True}
+    for same in (plain | harmless, plain | {"n_inner": None}, {k: v for k, v in plain.items() if k != field}):
+        (tmp_path / "config.json").write_text(json.dumps(same))
+        assert read_hf_config(tmp_path / "config.json") == TINY
+
+
+def test_a_head_of_its_own_is_refused(model: GPT) -> None:
+    """Bug: an untied lm_head.weight is dropped without a word, whatever the configuration says."""
+    weights = {name: tensor.clone() for name, tensor in to_hf(model).items()}
+    head = weights["transformer.wte.weight"].clone()
+    load_hf(GPT(TINY), weights | {"lm_head.weight": head})
+    head[3, 3] += 1
+    for other in (head, head[:-1]):
+        with pytest.raises(UserError, match=r"lm_head\.weight is not transformer\.wte\.weight"):
+            load_hf(GPT(TINY), weights | {"lm_head.weight": other})
 
 
 def test_round_trip_is_exact_and_old_files_load(model: GPT, tmp_path: Path) -> None:
