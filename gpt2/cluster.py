@@ -4,15 +4,22 @@
 
 A worker encodes a unit into a file of its own, a *part*, in a folder that all can reach; parts are taken in order, one
 after another, and removed. A worker that is lost loses its units, which others do again. At most twice as many parts
-lie there as the cluster has threads. Inputs, parts and output may be any addresses that fsspec understands; the stage
-itself (runtime.cluster) keeps its shards in the store. The bytes are those of a single machine.
+lie there as the cluster has threads. Inputs, parts and output may be any addresses that fsspec understands, and inputs
+patterns too, such as 's3://bucket/text/*.parquet'; the stage itself (runtime.cluster) keeps its shards in the store.
+The bytes are those of a single machine. What is finished already is left as it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import platform
+import re
+import shutil
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -28,13 +35,16 @@ from gpt2.config import TokenizeConfig
 from gpt2.corpus import Reading, Unit, divide
 from gpt2.encoder import Encoded, Encoder, encode_unit
 from gpt2.errors import UserError
-from gpt2.manifest import Skipped, TokenizeFacts
-from gpt2.shard_sequence import FOLDER, PROGRESS, Folder, Progress
+from gpt2.manifest import Skipped
+from gpt2.shard_sequence import AT_ONCE, OutputFacts, RemoteFolder, file_system, shard_bytes
 from gpt2.shards import TOKEN
 
 LOST_WORKERS = 5
 """that a unit may cost before it is taken for the reason"""
 CONNECT_SECONDS = 60
+NO_WORKER_SECONDS = 60.0
+"""between the lines that say so"""
+_PART = re.compile("part-[0-9a-f]{32}")
 
 
 @contextmanager
@@ -71,23 +81,34 @@ def connect(address: str) -> Iterator[Any]:
 
 
 def encoded_on(
-    client: Any, units: Sequence[Unit], reading: Reading, backend: str, first: int, parts: str
+    client: Any,
+    units: Sequence[Unit],
+    reading: Reading,
+    backend: str,
+    first: int,
+    parts: str,
+    names: set[str] | None = None,
 ) -> Iterator[tuple[int, Encoded]]:
     """(index of the unit, tokens) from unit `first` on, in order, encoded by the workers of `client`.
 
     Args:
-        parts: folder or address for what workers hand over; removed at the end.
+        parts: folder or address for what workers hand over, of this work alone. The parts are removed from it, and it
+            too if nothing else is there.
+        names: gets the names of the encoders that the workers had.
 
     Raises:
-        UserError: input that cannot be used, a unit that no worker survives, or a cluster that is gone.
+        UserError: input that cannot be used, a unit that no worker survives, another tiktoken than here, or a cluster
+            that is gone.
     """
     from distributed import CancelledError, KilledWorker
     from distributed.comm import CommClosedError
 
-    folder, root = fsspec.core.url_to_fs(parts)
-    _remove(folder, root)  # of a run that was killed
+    folder, root = file_system(parts)
+    _remove_parts(folder, root)  # of a run that was killed
     under_way: deque[tuple[int, int, Any]] = deque()
-    following = first
+    following, names = first, set() if names is None else names
+    stop = threading.Event()
+    threading.Thread(target=_watch, args=(client, stop), name="workers", daemon=True).start()
 
     def submit(index: int) -> Any:
         return client.submit(encode_part, units[index].model_dump(), reading, backend, parts, pure=False, retries=2)
@@ -109,6 +130,7 @@ def encoded_on(
                 continue
             except (CancelledError, CommClosedError) as error:
                 raise UserError(f"the Dask cluster is gone ({error}); run again, whole shards are kept") from error
+            _compare(result, names, backend)
             if "bad" in result:
                 raise UserError(result["bad"])
             with folder.open(result["path"], "rb") as file:
@@ -122,27 +144,69 @@ def encoded_on(
                     yield index, Encoded(tokens, consumed, tuple(Skipped(**entry) for entry in skipped))
             folder.rm_file(result["path"])
     finally:
+        stop.set()
         for *_, future in under_way:
             with suppress(Exception):
                 future.cancel()
-        _remove(folder, root)
+        _remove_parts(folder, root)
 
 
 def encode_part(unit: dict[str, Any], reading: Reading, backend: str, parts: str) -> dict[str, Any]:
     """On a worker: encode one unit into a new part. {"path", "parts": [(tokens, consumed, skipped)]}, or {"bad": why}
     for input that doing it again would not mend."""
-    folder, root = fsspec.core.url_to_fs(parts)
-    folder.makedirs(root, exist_ok=True)
-    path = f"{root}/{uuid.uuid4().hex}"  # another for each try: of one that was lost, half may be there
+    this: dict[str, Any] = {"host": platform.node(), "tiktoken": importlib.metadata.version("tiktoken")}
     found = []
     try:
+        folder, root = file_system(parts)
+        folder.makedirs(root, exist_ok=True)
+        path = f"{root}/part-{uuid.uuid4().hex}"  # another for each try: of one that was lost, half may be there
+        encoder = _encoder(backend)
         with folder.open(path, "wb") as file:
-            for part in encode_unit(Unit(**unit), Reading(*reading), _encoder(backend)):
+            for part in encode_unit(Unit(**unit), Reading(*reading), encoder):
                 file.write(part.tokens.tobytes())
                 found.append((len(part.tokens), part.consumed, [entry.model_dump() for entry in part.skipped]))
     except UserError as error:
-        return {"bad": str(error)}
-    return {"path": path, "parts": found}
+        return this | {"bad": str(error)}
+    except ImportError as error:  # what reading an address needs
+        return this | {"bad": f"a worker on {this['host']} cannot read {unit['name']}: {error}"}
+    return this | {"path": path, "parts": found, "encoder": encoder.name}
+
+
+def _compare(result: dict[str, Any], names: set[str], backend: str) -> None:
+    """Look at what a worker encoded with, and add it to `names`.
+
+    Raises:
+        UserError: another tiktoken than here.
+    """
+    here = importlib.metadata.version("tiktoken")
+    if result.get("tiktoken") != here:
+        raise UserError(
+            f"the worker on {result.get('host')} has tiktoken {result.get('tiktoken')}, this process {here}, and their "
+            f"tokens may differ: install the same version of this program and of tiktoken on all and run again"
+        )
+    name = result.get("encoder")
+    if name is None or name in names:
+        return
+    names.add(name)
+    if backend == "auto" and name.startswith("tiktoken"):
+        print(
+            f"tokenize: workers, the first on {result['host']}, have no fast encoder (is there a C compiler?); "
+            f"tiktoken does their work, to the same bytes but several times slower",
+            flush=True,
+        )
+
+
+def _watch(client: Any, stop: threading.Event) -> None:
+    """Say from time to time that there is no worker: Dask waits for one without a word."""
+    since = said = time.monotonic()
+    while not stop.wait(NO_WORKER_SECONDS / 12):
+        with suppress(Exception):  # a cluster that is gone is for the other thread to report
+            now = time.monotonic()
+            if client.nthreads():
+                since = said = now
+            elif now - said >= NO_WORKER_SECONDS:
+                said = now
+                print(f"tokenize: no worker for {now - since:,.0f} s, waiting", flush=True)
 
 
 @cache
@@ -152,95 +216,99 @@ def _encoder(backend: str) -> Encoder:
     return make_encoder(backend, quiet=True)
 
 
-def _remove(folder: Any, root: str) -> None:
-    with suppress(FileNotFoundError):
-        folder.rm(root, recursive=True)
+def _remove_parts(folder: Any, root: str) -> None:
+    folder.invalidate_cache()  # others wrote there
+    try:
+        paths = folder.ls(root, detail=False)
+    except FileNotFoundError:
+        return
+    parts = [path for path in paths if _PART.fullmatch(path.rsplit("/", 1)[-1])]
+    for path in parts:
+        with suppress(FileNotFoundError):
+            folder.rm_file(path)
+    if len(parts) == len(paths):
+        with suppress(OSError):  # object stores have no folders
+            folder.rmdir(root)
 
 
 # ------------------------------------------------------------------------------------------------ output elsewhere
 
 
-class RemoteFolder(Folder):
-    """Whole shards are moved to an address; one at a time lies in a folder of this machine meanwhile."""
+def expand(inputs: Sequence[str]) -> list[str]:
+    """Paths and addresses, with each pattern replaced by what it matches, sorted.
 
-    def __init__(self, scratch: Path, address: str) -> None:
-        super().__init__(scratch)
-        self._there, self._root = fsspec.core.url_to_fs(address)
+    Raises:
+        UserError: a pattern matches nothing, or an address cannot be reached.
+    """
+    found: list[str] = []
+    for path in inputs:
+        system, root = file_system(path)
+        if not fsspec.core.has_magic(path) or system.exists(root):
+            found.append(path)
+            continue
+        matches = sorted(system.glob(root))
+        if not matches:
+            raise UserError(f"no file matches {path}: mend the pattern")
+        found += [system.unstrip_protocol(match) if "://" in path else match for match in matches]
+    return found
 
-    def _at(self, name: str) -> str:
-        return f"{self._root}/{name}"
 
-    def free(self) -> int | None:
-        return None
+def check_scratch(scratch: Path, config: TokenizeConfig, expected: int) -> None:
+    """Look whether the shards that may lie in `scratch` at once have room.
 
-    def keep(self, name: str) -> None:
-        self._there.makedirs(self._at(FOLDER), exist_ok=True)
-        # Under another name first, for where a copy can be seen half done; an object store's appears whole anyway.
-        self._there.put_file(str(self.path / name), self._at(f"{name}.tmp"))
-        self._there.mv(self._at(f"{name}.tmp"), self._at(name))
-        (self.path / name).unlink()
-
-    def size(self, name: str) -> int | None:
-        try:
-            return int(self._there.info(self._at(name))["size"])
-        except FileNotFoundError:
-            return None
-
-    def names(self) -> list[str]:
-        try:
-            found = self._there.ls(self._at(FOLDER), detail=False)
-        except FileNotFoundError:
-            return []
-        return [f"{FOLDER}/{path.rsplit('/', 1)[-1]}" for path in found]
-
-    def remove(self, name: str) -> None:
-        self._there.rm_file(self._at(name))
-
-    def read_progress(self) -> Progress | None:
-        try:
-            return Progress.model_validate_json(self._there.cat_file(self._at(PROGRESS)))
-        except (FileNotFoundError, ValueError):
-            return None
-
-    def write_progress(self, progress: Progress) -> None:
-        self._there.pipe_file(self._at(PROGRESS), progress.model_dump_json().encode())
-
-    def finish(self, facts: TokenizeFacts) -> None:
-        """The facts, as facts.json, are the sign that all is there."""
-        self._there.pipe_file(self._at("facts.json"), facts.model_dump_json(indent=2).encode())
-        self._there.rm_file(self._at(PROGRESS))
+    Raises:
+        UserError: with what is needed and what is free.
+    """
+    tokens = max(config.val_tokens or 0, config.shard_tokens) + AT_ONCE * config.shard_tokens
+    need, free = min(shard_bytes(tokens), shard_bytes(expected)), shutil.disk_usage(scratch).free
+    if need > free:
+        raise UserError(
+            f"up to {AT_ONCE + 1} shards, {need / 1e6:,.1f} MB, lie in {scratch.parent} on their way, and "
+            f"{free / 1e6:,.1f} MB are free there: set TMPDIR to a folder on a larger disk"
+        )
 
 
 def tokenize_to(
     client: Any, inputs: Sequence[str], output: str, config: TokenizeConfig, column: str, backend: str = "auto"
-) -> TokenizeFacts:
+) -> OutputFacts:
     """The tokenize stage from any addresses to any address: shards/ and facts.json under `output`.
 
+    Args:
+        inputs: paths, addresses or patterns, in reading order.
+
     Raises:
-        UserError: as the stage.
+        UserError: as the stage, or `output` holds something else.
     """
-    from gpt2.tokenize import expected_tokens, facts_of, write_shards
+    from gpt2.tokenize import expected_tokens, facts_of, plan_of, write_shards
 
     reading = Reading(column, config.on_bad_input)
-    units, unreadable = divide([(path, path.rsplit("/", 1)[-1]) for path in inputs], reading)
-    encoder = _encoder(backend)
+    units, unreadable = divide([(path, path.rsplit("/", 1)[-1]) for path in expand(inputs)], reading)
     with tempfile.TemporaryDirectory(prefix="tokenize-") as scratch:
-        folder = RemoteFolder(Path(scratch), output)
+        folder = RemoteFolder(Path(scratch), output, column)
+        plan = folder.fingerprint(plan_of(units, config))
+        if (finished := folder.finished(plan)) is not None:
+            print(f"tokenize: {output} is finished already", flush=True)
+            return finished
+        encoder, names = _encoder(backend), set[str]()
+        expected = expected_tokens(units, reading, encoder)
+        check_scratch(Path(scratch), config, expected)
+        parts = f"{output.rstrip('/')}/tokenize-parts"
         whole = write_shards(
             folder,
             units,
             config,
-            lambda first: encoded_on(client, units, reading, backend, first, f"{output.rstrip('/')}/parts"),
-            expected_tokens(units, reading, encoder),
+            lambda first: encoded_on(client, units, reading, backend, first, parts, names),
+            expected,
         )
-        facts = facts_of(whole, config, encoder.name, unreadable)
+        made = facts_of(whole, config, "; ".join(sorted(names)) or encoder.name, unreadable)
+        facts = OutputFacts(**made.model_dump(), plan=plan)
         folder.finish(facts)
     return facts
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt2.cluster")
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files or addresses, in reading order")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files, addresses or patterns, in reading order")
     parser.add_argument("--scheduler", required=True, help="tcp://host:8786, or local:N")
     parser.add_argument("--output", required=True, help="address for shards/ and facts.json")
     parser.add_argument("--column", default="text")

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import platform
+import re
 import shutil
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import fsspec  # type: ignore[import-untyped]
 
 from gpt2.config import Section
 from gpt2.errors import UserError
-from gpt2.manifest import Skipped, read_model, sha256_file, write_model
+from gpt2.manifest import M, Skipped, TokenizeFacts, canonical, read_model, sha256_file, write_model
 from gpt2.shards import HEADER_BYTES, TOKEN, ShardWriter, Tokens, read_header
 
 FOLDER = "shards"
 PROGRESS = "progress.json"
+FACTS = "facts.json"
 AT_ONCE = 4
 """full shards on their way to disk: what a kill may cost, with the one that is being written"""
 
@@ -58,11 +65,19 @@ def split_of(path: str) -> Literal["val", "train"]:
     return "val" if "_val_" in Path(path).name else "train"
 
 
+def shard_bytes(tokens: int) -> int:
+    return HEADER_BYTES + TOKEN.itemsize * tokens
+
+
 class Folder:
     """Where whole shards go: a stage's directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    def fingerprint(self, plan: str) -> str:
+        """`plan` with whatever else decides the bytes. A stage's directory has its name from all of that already."""
+        return plan
 
     def free(self) -> int | None:
         """Bytes of space that is left; None: nobody can say."""
@@ -78,7 +93,7 @@ class Folder:
     def size(self, name: str) -> int | None:
         """Bytes of a shard that was kept; None: it is not there, or is no shard."""
         try:
-            return HEADER_BYTES + TOKEN.itemsize * read_header(self.path / name)
+            return shard_bytes(read_header(self.path / name))
         except UserError:
             return None
 
@@ -100,31 +115,155 @@ class Folder:
         write_model(self.path / PROGRESS, progress)
 
 
+def file_system(address: str) -> tuple[Any, str]:
+    """What reaches a path or an address, and the path there.
+
+    Raises:
+        UserError: a package is missing for it, or there is no such kind of address.
+    """
+    try:
+        system, path = fsspec.core.url_to_fs(address)
+    except ImportError as error:  # it names the package
+        raise UserError(f"{address} cannot be reached from {platform.node()}: {error} (with pip)") from error
+    except ValueError as error:
+        raise UserError(f"{address} is no address that can be reached: {error}") from error
+    return system, path.rstrip("/")
+
+
+class OutputFacts(TokenizeFacts):
+    """facts.json of an output: the sign that all is there."""
+
+    plan: str = ""
+    """fingerprint of everything that decides the bytes"""
+
+
+class RemoteFolder(Folder):
+    """Whole shards are moved to an address. Those on their way, and the one that is being written, lie in `scratch`, a
+    folder of this machine: AT_ONCE + 1 at most."""
+
+    def __init__(self, scratch: Path, address: str, column: str = "") -> None:
+        self._there, self._root = file_system(address)
+        super().__init__(Path(self._root))
+        self._scratch, self._address, self._column = scratch, address.rstrip("/"), column
+        self._there.invalidate_cache()  # others may have written there
+
+    def _at(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+    def fingerprint(self, plan: str) -> str:
+        """An address may be given with any column, which the units do not tell."""
+        return hashlib.sha256(canonical([plan, self._column]).encode()).hexdigest()
+
+    def free(self) -> int | None:
+        if "file" not in (self._there.protocol, *self._there.protocol):
+            return None
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        return shutil.disk_usage(there).free
+
+    def local(self, name: str) -> Path:
+        return self._scratch / name
+
+    def keep(self, name: str) -> None:
+        self._there.makedirs(self._at(FOLDER), exist_ok=True)
+        # Under another name first, for where a copy can be seen half done; an object store's appears whole anyway.
+        self._there.put_file(str(self.local(name)), self._at(f"{name}.tmp"))
+        self._there.mv(self._at(f"{name}.tmp"), self._at(name))
+        self.local(name).unlink()
+
+    def size(self, name: str) -> int | None:
+        try:
+            return int(self._there.info(self._at(name))["size"])
+        except FileNotFoundError:
+            return None
+
+    def names(self) -> list[str]:
+        try:
+            found = self._there.ls(self._at(FOLDER), detail=False)
+        except FileNotFoundError:
+            return []
+        return [f"{FOLDER}/{path.rsplit('/', 1)[-1]}" for path in found]
+
+    def remove(self, name: str) -> None:
+        self._there.rm_file(self._at(name))
+
+    def read_progress(self) -> Progress | None:
+        return self._read(PROGRESS, Progress)
+
+    def write_progress(self, progress: Progress) -> None:
+        self._write(PROGRESS, progress.model_dump_json())
+
+    def finish(self, facts: OutputFacts) -> None:
+        self._write(FACTS, facts.model_dump_json(indent=2))
+        self._there.rm_file(self._at(PROGRESS))
+
+    def finished(self, plan: str) -> OutputFacts | None:
+        """The facts, if all is there; None: there is work to do.
+
+        Raises:
+            UserError: what is there is something else, or not whole any more.
+        """
+        facts = self._read(FACTS, OutputFacts)
+        if facts is None:
+            return None
+        remedy = f"name another --output, or delete {self._address}/{FACTS} and {self._address}/{FOLDER}"
+        if facts.plan != plan:
+            count = len(facts.shards)
+            raise UserError(
+                f"{self._address} holds {count} finished shards of other inputs, another column or other settings: "
+                f"{remedy}"
+            )
+        for shard in facts.shards:
+            if (size := self.size(shard.path)) != shard_bytes(shard.tokens):
+                there = "is missing" if size is None else f"has {size:,} bytes, not {shard_bytes(shard.tokens):,}"
+                raise UserError(f"{self._address} was finished, and now {shard.path} {there}: {remedy}")
+        return facts
+
+    def _read(self, name: str, model: type[M]) -> M | None:
+        try:
+            return model.model_validate_json(self._there.cat_file(self._at(name)))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{self._address}/{name} is not a valid {model.__name__} (cut off?): bring it back, or delete it and "
+                f"run again, and the shards there are made anew"
+            ) from error
+
+    def _write(self, name: str, text: str) -> None:
+        """Whole or not at all."""
+        self._there.pipe_file(self._at(f"{name}.tmp"), text.encode())
+        self._there.mv(self._at(f"{name}.tmp"), self._at(name))
+
+
 class ShardSequence:
     """Writes the stream; `shards` are the whole ones so far, those of earlier runs included.
 
     Args:
         folder: where the shards go.
-        plan: fingerprint of everything that decides the bytes.
+        plan: fingerprint of everything that decides the bytes, but for what the folder adds.
         first, others: tokens of the first shard and of each that follows.
     """
 
     def __init__(self, folder: Folder, prefix: str, plan: str, first: int, others: int) -> None:
-        self._folder, self._prefix, self._plan = folder, prefix, plan
+        self._folder, self._prefix, self._plan = folder, prefix, folder.fingerprint(plan)
         self._limits = first, others
         self._writer: ShardWriter | None = None
         self._skipped: list[Skipped] = []
         # Full shards are brought to disk and hashed while the next ones are being written.
         self._disk = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="disk")
         self._pending: deque[Future[WholeShard]] = deque()
-        self.shards = list(self._kept())
+        progress = folder.read_progress()
+        self.shards = list(self._kept(progress))
         self.start = self.shards[-1].end if self.shards else Place()
         self._before = sum(shard.tokens for shard in self.shards)  # of the shard that is being written
         self._number = len(self.shards)
         self._here = Place(unit=self.start.unit)
         kept = {shard.path for shard in self.shards}
+        # What else lies there may be somebody's: only what we wrote down, or have names for, is ours to remove.
+        ours = {shard.path for shard in progress.shards} if progress else set()
+        form = re.compile(rf"{FOLDER}/\.?{re.escape(prefix)}_(val|train)_\d{{6,}}\.bin(\.tmp)?")
         for name in folder.names():
-            if name not in kept:
+            if name not in kept and (name in ours or form.fullmatch(name)):
                 folder.remove(name)
 
     @property
@@ -175,10 +314,11 @@ class ShardSequence:
         return tuple(self.shards)
 
     def discard(self) -> None:
-        """After an error: give up the shard that is not whole, keep the others."""
+        """After an error: give up the shard that is not whole, keep the others, up to the first that failed."""
         try:
-            while self._pending:
-                self._record()
+            with suppress(Exception):  # it is that error, or would take its place
+                while self._pending:
+                    self._record()
         finally:
             self._disk.shutdown()
             if self._writer is not None:
@@ -208,14 +348,19 @@ class ShardSequence:
         return shard
 
     def _record(self) -> None:
-        """Wait for the oldest of the shards that are on their way to disk, and write it down."""
-        self.shards.append(self._pending.popleft().result())
+        """Wait for the oldest of the shards that are on their way to disk, and write it down.
+
+        One that failed stays the oldest: to write down what follows it would leave a hole in the stream.
+        """
+        self.shards.append(self._pending[0].result())
+        self._pending.popleft()
         self._folder.write_progress(Progress(plan=self._plan, shards=tuple(self.shards)))
 
-    def _kept(self) -> Iterator[WholeShard]:
-        """The shards of earlier runs that can be kept: of the same plan, and there with the right size."""
-        progress = self._folder.read_progress()
-        for shard in progress.shards if progress and progress.plan == self._plan else ():
-            if self._folder.size(shard.path) != HEADER_BYTES + TOKEN.itemsize * shard.tokens:
+    def _kept(self, progress: Progress | None) -> Iterator[WholeShard]:
+        """The shards of earlier runs that can be kept: of the same plan, without a gap, there with the right size."""
+        for index, shard in enumerate(progress.shards if progress and progress.plan == self._plan else ()):
+            if shard.path != shard_name(self._prefix, index):
+                return
+            if self._folder.size(shard.path) != shard_bytes(shard.tokens):
                 return
             yield shard

@@ -5,7 +5,7 @@ Every document is preceded by <|endoftext|> and documents run on across shard bo
 
     python -m gpt2.shards FILE...
 
-verifies and describes shards, whoever made them.
+verifies and describes shards, whoever made them; a folder stands for every *.bin in it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def read_header(path: Path) -> int:
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
         raise UserError(f"shard {path} is missing: run again, it will be made") from None
+    except IsADirectoryError:
+        raise UserError(f"{path} is a folder, not a shard: name the *.bin files in it") from None
     if len(raw) < HEADER_BYTES:
         raise UserError(
             f"{path} is no token shard: it holds {len(raw):,} bytes, a header alone has {HEADER_BYTES:,}; "
@@ -196,10 +198,14 @@ def describe(path: Path, words: int = 12) -> str:
 
 def _described(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
     for path in paths:
-        try:
-            yield describe(path), True
-        except UserError as error:
-            yield f"error: {error}", False
+        found = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+        if not found:
+            yield f"error: no shard lies in {path}: name a folder that holds *.bin files, or such files", False
+        for file in found:
+            try:
+                yield describe(file), True
+            except UserError as error:
+                yield f"error: {error}", False
 
 
 def main(arguments: list[str]) -> None:

@@ -142,8 +142,11 @@ def encoded(
         from gpt2.cluster import connect, encoded_on
 
         with connect(runtime.cluster) as client:
-            parts = runtime.cluster_parts or str(stage.path / "parts")
-            yield from encoded_on(client, units, reading, runtime.tokenize_backend, first, parts)
+            # A folder that the user names may hold other things, and the parts of other stages.
+            own = runtime.cluster_parts and f"{runtime.cluster_parts.rstrip('/')}/tokenize-{stage.path.name}"
+            parts, names = own or str(stage.path / "parts"), set[str]()
+            yield from encoded_on(client, units, reading, runtime.tokenize_backend, first, parts, names)
+            encoder.name = "; ".join(sorted(names)) or encoder.name  # the facts tell what the workers had
         return
     wanted, backend = runtime.tokenize_workers, runtime.tokenize_backend
     workers = max(1, min(cpu_count() if wanted == "auto" else wanted, len(units) - first))
@@ -159,8 +162,10 @@ def expected_tokens(units: Sequence[Unit], reading: Reading, encoder: Encoder) -
     """About how many tokens the corpus will have, from a little text of its first, middle and last unit."""
     tokens = consumed = 0
     for index in sorted({0, len(units) // 2, len(units) - 1} if units else ()):
-        with suppress(UserError):  # reported when its turn comes
-            batch = next(read(units[index], reading))
+        with suppress(UserError, OSError):  # reported when its turn comes
+            batch = next(read(units[index], reading), None)
+            if batch is None:  # a file of no rows
+                continue
             end = max(1, int(np.searchsorted(batch.offsets, batch.offsets[0] + SAMPLE_BYTES)))
             sample = Batch(batch.data, batch.offsets[: end + 1])
             size, whole = (int(part.offsets[-1] - part.offsets[0]) for part in (sample, batch))

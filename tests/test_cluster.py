@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,8 @@ from corpus_stages import expected, stream, tokenize_stage
 
 from gpt2.config import TokenizeConfig
 from gpt2.errors import UserError
-from gpt2.manifest import TokenizeFacts
+from gpt2.manifest import TokenizeFacts, sha256_file
+from gpt2.shard_sequence import OutputFacts
 from gpt2.shards import open_shard
 from gpt2.stage import StageDir
 from gpt2.tokenize import tokenize
@@ -54,38 +55,88 @@ def hashes(stage: StageDir) -> list[str]:
     return [entry.sha256 for entry in stage.manifest.files]
 
 
-def test_workers_killed_midway(tmp_path: Path, cluster: Any) -> None:
+def test_workers_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, two of them killed while they work. Catches tokens lost with a worker, written twice when its
-    units are done again, or put in the order in which workers finish."""
+    units are done again, or put in the order in which workers finish, and files of others that are removed with the
+    parts."""
     file, texts = corpus(tmp_path / "a.parquet")
     alone = tokenize_stage(tmp_path / "alone", [file], shard_tokens=20_000)
     tokenize(alone)
-    runtime = {"cluster": cluster.scheduler_address}
+    (tmp_path / "handed").mkdir()
+    (tmp_path / "handed/thesis.txt").write_text("mine")
+    runtime = {"cluster": cluster.scheduler_address, "cluster_parts": str(tmp_path / "handed")}
     stage = tokenize_stage(tmp_path / "cluster", [file], shard_tokens=20_000, runtime=runtime)
-    victims: list[int] = []
-    done = threading.Event()
+    with distributed.Client(cluster.scheduler_address) as client:
+        client.wait_for_workers(3)
+        first, second, _ = client.run(os.getpid).values()
+        victims = {"000003.bin": first, "000010.bin": second}
+        killed: list[int] = []
 
-    def kill() -> None:
-        with distributed.Client(cluster.scheduler_address) as client:
-            for shards in (3, 10):
-                while len(list((stage.path / "shards").glob("*.bin"))) < shards and not done.is_set():
-                    time.sleep(0.002)
-                pids = [pid for pid in client.run(os.getpid).values() if pid not in victims]
-                if not done.is_set() and pids:
-                    victims.append(pids[0])
-                    os.kill(pids[0], signal.SIGKILL)
+        def kill(folder: Any, name: str) -> None:
+            # The work is never more than a few shards ahead of the one that is kept, so most of it is to be done yet.
+            for ending in [ending for ending in victims if name.endswith(ending)]:
+                os.kill(victims[ending], signal.SIGKILL)
+                killed.append(victims[ending])
 
-    killer = threading.Thread(target=kill)
-    killer.start()
-    try:
+        monkeypatch.setattr("gpt2.shard_sequence.Folder.keep", kill)
         tokenize(stage)
-    finally:
-        done.set()
-        killer.join()
-    assert victims, "it was done before anything could be killed: give it more text"
+        client.wait_for_workers(3)
+        assert sorted(killed) == sorted([first, second])
+        assert not {first, second} & set(client.run(os.getpid).values())
+    assert len(hashes(stage)) > 20, "the second has to be killed long before the end: give it more text"
     assert hashes(stage) == hashes(alone)
     assert stream(stage) == expected(texts)
-    assert not (stage.path / "parts").exists()
+    assert stage.facts(TokenizeFacts).backend == alone.facts(TokenizeFacts).backend
+    assert [path.name for path in (tmp_path / "handed").iterdir()] == ["thesis.txt"]
+
+
+DRIVER = """
+import os, sys, time
+from gpt2 import cluster, corpus_parquet
+corpus_parquet.UNIT_BYTES = 20_000
+last, *arguments = sys.argv[1:]
+keep = cluster.RemoteFolder.keep
+def kept(folder, name):
+    if name.endswith(last):
+        open(os.environ["TMPDIR"] + "/reached", "w").close()
+        time.sleep(1000)
+    keep(folder, name)
+cluster.RemoteFolder.keep = kept
+cluster.main(arguments)
+"""
+
+
+def test_the_driver_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL twice, each time while a shard is on its way and later ones have arrived. Catches a shard that is left
+    out because those after it were there, starting over, and what a killed run leaves lying about."""
+    file, texts = corpus(tmp_path / "a.parquet")
+    alone = tokenize_stage(tmp_path / "alone", [file], shard_tokens=20_000)
+    tokenize(alone)
+    scratch, output = tmp_path / "scratch", tmp_path / "out"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    options = ["--scheduler", cluster.scheduler_address, "--output", f"file://{output}", "--shard-tokens", "20000"]
+    for last in (4, 12):
+        (scratch / "reached").unlink(missing_ok=True)
+        later = output / f"shards/fineweb_train_{last + 1:06d}.bin"
+        driver = subprocess.Popen([sys.executable, "-c", DRIVER, f"{last:06d}.bin", *options, f"file://{file}"])
+        deadline = time.monotonic() + 120
+        while not ((scratch / "reached").exists() and later.exists()):
+            assert driver.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        driver.kill()
+        assert driver.wait() == -signal.SIGKILL
+        assert not (output / "facts.json").exists()
+    command = [sys.executable, "-c", DRIVER, "never", *options, f"file://{file}"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept = re.search(r"(\d+) whole shards of an earlier run are kept", done.stdout)
+    assert kept is not None and 4 < int(kept[1]) <= 12  # the last may not have been written down yet
+    assert sorted(path.name for path in output.iterdir()) == ["facts.json", "shards"]
+    made = {f"shards/{path.name}": sha256_file(path) for path in (output / "shards").iterdir()}
+    assert alone.manifest is not None
+    assert made == {entry.path: entry.sha256 for entry in alone.manifest.files}
+    assert stream(alone) == expected(texts)
 
 
 def test_from_addresses_to_an_address(tmp_path: Path, cluster: Any) -> None:
@@ -108,7 +159,7 @@ def test_from_addresses_to_an_address(tmp_path: Path, cluster: Any) -> None:
         assert (output / "shards/fineweb_train_000001.bin").stat().st_mtime_ns == 7
         facts = tokenize_to(client, inputs[:1], f"file://{output}", config, "text")
     assert sorted(path.name for path in output.iterdir()) == ["facts.json", "shards"]
-    assert TokenizeFacts.model_validate_json((output / "facts.json").read_text()) == facts
+    assert OutputFacts.model_validate_json((output / "facts.json").read_text()) == facts
     tokens = [token for shard in facts.shards for token in open_shard(output / shard.path).tolist()]
     assert tokens == expected(texts)
     assert {path.name for path in (output / "shards").iterdir()} == {Path(shard.path).name for shard in facts.shards}
@@ -177,6 +228,11 @@ def test_command(tmp_path: Path) -> None:
     assert [token for shard in shards for token in open_shard(shard).tolist()] == expected(texts)
     done = subprocess.run([*command, str(tmp_path / "none.parquet")], capture_output=True, text=True)
     assert done.returncode == 2 and "error: data file none.parquet is missing" in done.stderr
+    done = subprocess.run([*command, str(tmp_path / "*.parquet")], capture_output=True, text=True)
+    assert done.returncode == 0 and f"tokenize: {tmp_path / 'out'} is finished already" in done.stdout
+    done = subprocess.run([*command, str(tmp_path / "*.jsonl")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.endswith(f"error: no file matches {tmp_path}/*.jsonl: mend the pattern\n")
 
 
 def test_through_prefect(tmp_path: Path, cluster: Any, prefect_server: None) -> None:

@@ -122,3 +122,17 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {bad} is no token shard") and "Traceback" not in done.stderr
     assert done.stdout == f"{good}: 2 tokens, 1 documents begin in it; 'I'\n"
+
+
+def test_folders(tmp_path: Path) -> None:
+    """Catches a traceback for a folder where files are meant."""
+    for name in ("b.bin", "a.bin"):
+        make(tmp_path / name, [EOT, 40])
+    (tmp_path / "empty").mkdir()
+    command = [sys.executable, "-m", "gpt2.shards", str(tmp_path), str(tmp_path / "empty")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"{tmp_path}/{name}.bin" for name in "ab"]
+    assert done.stderr.startswith(f"error: no shard lies in {tmp_path / 'empty'}") and done.stderr.count("\n") == 1
+    with pytest.raises(UserError, match="is a folder, not a shard"):
+        read_header(tmp_path)

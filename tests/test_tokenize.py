@@ -173,7 +173,9 @@ def test_killed_again_and_again(tmp_path: Path, backend: str, little_units: None
     seed = random.randrange(10**6)
     rng = random.Random(seed)
     rows: list[str | None] = [*texts(6000)]
-    for place in rng.sample(range(len(rows)), 40):
+    # None in the last unit: when it alone is left it is read in the process itself, where batches are little, and how
+    # skipped rows are put together depends on the batches.
+    for place in rng.sample(range(len(rows) - 100), 40):
         rows[place] = None
     file = parquet(tmp_path / "a.parquet", rows, row_group_size=100)
     options: dict[str, Any] = {
