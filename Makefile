@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV   ?= .venv
 CONF   ?= 124m
 ARGS   ?=
-export MODEL ?=
+# Taken as they are, by make and by the shell: a prompt may hold anything. `override` is for what stands on make's
+# command line; the recipes have them from the environment.
+override PROMPT := $(value PROMPT)
+override OUT    := $(value OUT)
+override MODEL  := $(value MODEL)
+export PROMPT OUT MODEL
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -72,11 +77,12 @@ bench-train: $(BIN)/.installed ## tokens/s and MFU; ARGS='--size 350m --check'
 # the folder of a finished model: MODEL if given, else that of CONF
 CHECKPOINT = $${MODEL:-$$($(BIN)/python -m gpt2.plan $(CONF) --checkpoint)}
 
-sample: $(BIN)/.installed ## text from a trained model: make sample PROMPT="..." [CONF=124m | MODEL=folder]
-	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.sample "$$model" --prompt "$(PROMPT)" $(ARGS)
+sample: $(BIN)/.installed ## text from a trained model: make sample PROMPT='...' [CONF=124m | MODEL=folder]
+	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.sample "$$model" --prompt "$$PROMPT" $(ARGS)
 
 export: $(BIN)/.installed ## a trained model as a Hugging Face folder: make export OUT=folder [CONF=124m | MODEL=folder]
-	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.export "$$model" "$(OUT)" $(ARGS)
+	@test -n "$$OUT" || { echo "error: OUT is not given: make export OUT=folder" >&2; exit 2; }
+	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.export "$$model" "$$OUT" $(ARGS)
 
 clean: ## remove the environment and caches; the store stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

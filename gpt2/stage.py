@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.metadata
+import os
 import platform
 import socket
 import subprocess
@@ -40,6 +41,8 @@ from gpt2.metrics import MetricsWriter
 
 C = TypeVar("C", bound=Section)
 PACKAGES = ("torch", "tiktoken", "numpy", "pyarrow", "safetensors", "prefect", "mlflow", "pydantic")
+COMMIT = "GPT2_COMMIT"
+"""environment variable, set where the code runs without its history"""
 
 
 class Provenance(Section):
@@ -161,7 +164,8 @@ def provenance(started: float) -> Provenance:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "+" when files differ from it; None outside a checkout."""
+    """Commit of the checkout this package runs from, with "+" when files differ from it. Outside a checkout, as in an
+    image, what `COMMIT` says; None where nothing does."""
     here = Path(__file__).parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
@@ -169,7 +173,7 @@ def git_commit() -> str | None:
             ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get(COMMIT) or None
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 

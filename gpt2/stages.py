@@ -29,6 +29,6 @@ STAGES = {
         Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True),
         Stage(name="pretrained", version=1, module="gpt2.baseline", parallel=False),
         Stage(name="harness", version=1, module="gpt2.harness_stage", parallel=False),
-        Stage(name="report", version=1, module="gpt2.report", parallel=False),
+        Stage(name="report", version=2, module="gpt2.report", parallel=False),
     )
 }

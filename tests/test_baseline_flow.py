@@ -1,13 +1,16 @@
 """A recipe's baselines through Prefect, to an MLflow run of their own and into the recipe's report."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from fixtures.report_store import Store
+from mlflow import MlflowClient
 from test_pipeline import planned, recipe, run
 
 from gpt2.config import RunConfig
-from gpt2.manifest import EvaluateFacts, Manifest, read_model
+from gpt2.manifest import EvaluateFacts, Manifest, PretrainedFacts, read_model
 from gpt2.plan import plan_baseline
 from gpt2.recipe import load
 from tasks.baseline import record
@@ -48,7 +51,39 @@ def test_measured_once_and_drawn_in_the_report(tmp_path: Path, monkeypatch: pyte
     assert found.data.metrics["evaluate/continuation/acc"] == facts.scores["continuation"].acc
 
     run(path, store)
-    assert "theirs" in (store / planned(path, store).report.address / "report.md").read_text()
+    markdown = (store / planned(path, store).report.address / "report.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
+    (head,) = (row for row in rows if row[:2] == ["", "asked"])
+    theirs = {row[0]: row[head.index("theirs (measured)")] for row in rows if len(row) == len(head)}
+    score = facts.scores["continuation"]
+    assert theirs["validation loss (nats a token)"] == f"{facts.val_loss:.4f}"
+    assert theirs["Continuation acc"] == f"{score.acc:.4f}"
+    assert theirs["Continuation acc\\_norm"] == f"{score.acc_norm:.4f}"
+
+
+def test_a_run_that_mlflow_lost_half_way_is_gone_on_with(
+    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a server that fails after it has made the run gets a second one from the next call."""
+    _, config = with_baseline(tmp_path)
+    steps = plan_baseline(config, "theirs", store)
+    files = Store.finish.__get__(SimpleNamespace(path=store))
+    files(steps.pretrained, {}, PretrainedFacts(origin="theirs", checkpoint="model"))
+    files(steps.evaluate, {}, EvaluateFacts(val_loss=3.5, val_tokens=9))
+
+    def fail(*arguments: object, **named: object) -> None:
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(MlflowClient, "log_batch", fail)
+        with pytest.raises(ConnectionError):
+            record(config, "theirs", steps, store)
+    run_id = record(config, "theirs", steps, store)
+    mlflow = client(tracking_uri(store))
+    (found,) = mlflow.search_runs([each.experiment_id for each in mlflow.search_experiments()])
+    assert (found.info.run_id, found.info.status) == (run_id, "FINISHED")
+    assert found.data.metrics["evaluate/val_loss"] == 3.5
+    assert record(config, "theirs", steps, store) == run_id
 
 
 def test_a_recipe_without_baselines_says_so(tmp_path: Path) -> None:

@@ -232,13 +232,21 @@ def test_kill_9_of_torchrun_ends_the_ranks_in_order(tmp_path: Path, monkeypatch:
 def test_gpus_are_held_until_the_child_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flow that is killed leaves its training a minute to save: the next one must not start on the same GPU."""
     monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     waited: list[str] = []
     with launch.gpus_held(2, "train/0f3a", waited.append) as locks:
-        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1)"], pass_fds=locks)
-    began = time.monotonic()
-    with launch.gpus_held(1, "train/1b2c", waited.append):
-        assert child.poll() is not None or time.monotonic() - began > 0.7
-    child.wait()
+        words = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+        child = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=locks)
+    assert child.stdin is not None
+
+    def end_the_child(text: str) -> None:
+        waited.append(text)
+        assert child.poll() is None
+        child.stdin.close()
+
+    with child, launch.gpus_held(1, "train/1b2c", end_the_child):
+        child.stdin.close()  # where nobody waited
+        child.wait(20)
     assert waited == [f"GPU 0 is held by process {os.getpid()}: train/0f3a; waiting for it"]
 
 

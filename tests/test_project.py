@@ -1,8 +1,17 @@
 """The project's picture of itself is true."""
 
+import importlib.util
+import os
 import re
+import shlex
+import subprocess
 import tomllib
 from pathlib import Path
+
+import pytest
+import yaml
+
+from gpt2.recipe import load, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -55,3 +64,69 @@ def test_constraints_pin_what_the_project_names() -> None:
         wanted += PROJECT["project"]["optional-dependencies"][extra]
     names = {re.split(r"[\[=<>~ ]", name)[0].lower().replace("_", "-") for name in wanted}
     assert names - {"reproduce-gpt2"} <= pinned
+
+
+def commands() -> list[list[str]]:
+    """The words of every command that README shows, as a shell reads them."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+    lines = [line for block in blocks if not block.startswith("conf/ ") for line in block.splitlines()]
+    lines += re.findall(r"`((?:make|python -m) [^`]*)`", README)
+    return [shlex.split(line.replace("<", "").replace(">", ""), comments=True) for line in lines]
+
+
+def test_commands_of_readme_name_what_there_is() -> None:
+    """Bugs: a target, a module, a deployment or a field that was renamed; an override that the shell takes apart."""
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    deployments = {each["name"] for each in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
+    seen = set()
+    for words in commands():
+        seen.add(words[0])
+        if words[0] == "make":
+            assert words[1] in targets, words
+            given = dict(word.partition("=")[::2] for word in words[2:])
+            if words[1] in ("reproduce", "plan", "baseline"):  # make hands ARGS to a shell
+                overrides = parse_overrides(shlex.split(given.get("ARGS", "")))
+                load(given["CONF"], {key: value for key, value in overrides.items() if not key.startswith("runtime.")})
+        elif "-m" in words:
+            name = words[words.index("-m") + 1]
+            assert importlib.util.find_spec(name) is not None, name
+        elif words[:3] == ["prefect", "deployment", "run"]:
+            assert words[3].partition("/")[2] in deployments, words
+    assert {"make", "python", "torchrun", "prefect"} <= seen
+
+
+PROMPT = '`touch pwned` $HOME $(x) $$ "q" it\'s; #'
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["sample", f"PROMPT={PROMPT}"], ["-m", "gpt2.sample", "a b", "--prompt", PROMPT]),
+        (["export", "OUT=$HOME x"], ["-m", "gpt2.export", "a b", "$HOME x"]),
+        (["export"], None),
+    ],
+    ids=["sample", "export", "nowhere"],
+)
+def test_make_takes_text_as_it_is(tmp_path: Path, words: list[str], wanted: list[str] | None) -> None:
+    """Bugs: a prompt that is run as a command, or loses its dollars; an export to nowhere that says "exists: delete
+    it" of the checkout."""
+    python, said = tmp_path / "python", tmp_path / "said"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >"{said}"\n')
+    python.chmod(0o755)
+    newest = max((ROOT / name).stat().st_mtime for name in ("pyproject.toml", "constraints.txt"))
+    (tmp_path / ".installed").touch()
+    os.utime(tmp_path / ".installed", (newest + 1, newest + 1))
+    environment = {name: value for name, value in os.environ.items() if name not in ("PROMPT", "OUT", "MAKEFLAGS")}
+    done = subprocess.run(
+        ["make", "-s", f"BIN={tmp_path}", "MODEL=a b", *words],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if wanted is None:
+        assert done.returncode == 2 and done.stderr.startswith("error: OUT is not given: make export OUT=folder\n")
+        assert not said.exists()
+    else:
+        assert said.read_text().split("\0")[:-1] == wanted, done.stderr
+    assert not (ROOT / "pwned").exists()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt2 import stage as stage_module
 from gpt2.atomic import atomic_write, write_text
 from gpt2.config import Runtime
 from gpt2.errors import UserError
@@ -35,7 +36,10 @@ def work(stage):
     if what == "bug":
         raise ValueError("a bug")
     if what == "slow":
-        time.sleep(1.5)
+        for _ in range(600):
+            if (stage.path / "go").exists():
+                break
+            time.sleep(0.05)
     if what == "killed":
         time.sleep(60)
     stage.finish(["ran.txt"], BenchmarkFacts(kind="x", examples=1, chance=0.25, origin="test"))
@@ -84,11 +88,18 @@ def test_a_bug_shows_its_traceback_and_leaves_no_manifest(tmp_path: Path) -> Non
 
 def test_two_processes_one_works_the_other_waits(tmp_path: Path) -> None:
     path = directory(tmp_path, "slow")
-    first, second = start(path), start(path)
+    first = start(path)
+    while not (path / "ran.txt").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    second = start(path)
+    assert second.stdout is not None
+    said = second.stdout.readline()  # the first works on until it is told that the second waits
+    (path / "go").touch()
     outputs = [process.communicate()[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0)
+    assert "waiting" in said and "waiting" not in "".join(outputs)
     assert (path / "ran.txt").read_text() == "ran\n"
-    assert sum("waiting" in output for output in outputs) == 1
 
 
 def test_a_killed_holder_lets_go_of_the_lock(tmp_path: Path) -> None:
@@ -182,6 +193,17 @@ def test_metrics_survive_a_torn_line_and_a_cut(tmp_path: Path) -> None:
     whole = path.read_text().splitlines()
     cut_after_step(path, 2)
     assert path.read_text().splitlines() == whole[:3], "what is kept is kept to the byte"
+
+
+def test_without_a_checkout_the_image_says_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: provenance of stages that ran in the image named no commit, since .git is not copied into it."""
+    monkeypatch.setenv("GPT2_COMMIT", "0" * 40 + "+")
+    assert stage_module.git_commit() != "0" * 40 + "+", "a checkout knows better"
+    monkeypatch.setattr(stage_module, "__file__", str(tmp_path / "stage.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert stage_module.git_commit() == "0" * 40 + "+"
+    monkeypatch.setenv("GPT2_COMMIT", "")
+    assert stage_module.git_commit() is None
 
 
 def test_file_entry_measures(tmp_path: Path) -> None:

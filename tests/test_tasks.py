@@ -1,5 +1,6 @@
 """A stage as a Prefect task: what hits the cache, what misses it, what progress shows."""
 
+import io
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from gpt2.manifest import MANIFEST, Manifest, Request, read_model
 from gpt2.metrics import MetricsWriter, cut_after_step
 from tasks import stage as stages
 from tasks.launch import StageCrashed, StageFailed
-from tasks.progress import Bar, LogLines, Progress, Tail, duration
+from tasks.progress import Bar, LogLines, Progress, Tail, duration, pace
 
 pytestmark = pytest.mark.slow  # a Prefect server
 
@@ -213,6 +214,12 @@ def test_progress_says_how_far_how_fast_how_long(tmp_path: Path) -> None:
     assert progress.describe() == "20 of 1,000 steps (2 %), 10.0 steps/s, 1 min 38 s left, loss 4.500"
 
 
+@pytest.mark.parametrize(("rate", "text"), [(1 / 44.8, "44.8 s/step"), (1.0, "1.0 steps/s"), (1204, "1,204 steps/s")])
+def test_paces(rate: float, text: str) -> None:
+    """Bug: "0.0 steps/s" while a large model takes its time."""
+    assert pace(rate, "steps") == text
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.6, "1 min"), (200, "3 min 20 s"), (7200, "2 h"), (18240, "5 h 4 min"), (183600, "2 d 3 h")],
@@ -229,22 +236,27 @@ def test_progress_is_an_artifact_that_ends_at_100(pipeline: Path) -> None:
     assert "100 of 100 bytes" in artifact.description
 
 
-def test_the_bar_shares_the_console_of_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_shares_the_console_of_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two consoles on one terminal overwrite each other's lines; and Prefect's has no styles of rich's bars."""
     from prefect.logging.handlers import PrefectConsoleHandler
 
     progress = Progress(tmp_path / "metrics.jsonl")
     progress.done, progress.total, progress.unit = 5, 10, "steps"
-    handler = PrefectConsoleHandler()
-    logging.getLogger("prefect").addHandler(handler)
-    try:
-        bar = Bar("train 0f3a")
-        bar.show(progress)
-        handler.console.print("a line")
-        bar.show(progress)
-        bar.close(progress, finished=True)
-    finally:
-        logging.getLogger("prefect").removeHandler(handler)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws bars on terminals only
+    terminal = io.StringIO()
+    handler = PrefectConsoleHandler(stream=terminal)
+    monkeypatch.setattr(logging.getLogger("prefect"), "handlers", [handler])
+    bar = Bar("train 0f3a")
+    bar.show(progress)
+    handler.console.print("a line")
+    bar.show(progress)
+    bar.close(progress, finished=True)
+    shown = terminal.getvalue()
+    assert "train 0f3a" in shown and "5 of 10 steps (50 %)" in shown
+    before, _, after = shown.partition("a line")
+    assert "\x1b[2K" in before[before.rindex("train 0f3a") :], "the bar makes way for the line"
+    assert "5 of 10 steps" in after, "and stands below it again"
 
 
 def test_log_lines_come_now_and_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -30,8 +30,18 @@ def configuration(run: Run) -> dict[str, Any]:
         "benchmarks": benchmarks,
         "train": run.train.model_dump(mode="json"),
         "evaluate": run.evaluate.model_dump(mode="json"),
+        **_harness(run),
         "report": run.report.model_dump(mode="json", exclude={"name"}),
     }
+
+
+def _harness(run: Run) -> dict[str, Any]:
+    if run.harness is None:
+        return {}
+    request = run.stage("harness").request
+    paths = request.hints["source"]["paths"] if request.config["data"] else []
+    data = {task: paths[index] for task, index in request.config["data"].items()}
+    return {"harness": {"tasks": request.config["tasks"], "data": data, "limit": request.config["limit"]}}
 
 
 def departures(run: Run) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpt2.flops import flops_per_token
 from gpt2.report.again import as_yaml, command, configuration
-from gpt2.report.compare import asked_as_published, benchmark_title, notes, standard_error
+from gpt2.report.benchmarks import core_tasks, is_share, standard_error, title
+from gpt2.report.compare import notes, value_of
 from gpt2.report.definitions import METRICS_SHOWN, definition
 from gpt2.report.document import Block, Code, Listing, Paragraph, Passage, Points, Table, Text
 from gpt2.report.format import (
@@ -34,7 +35,7 @@ SAME_LOSS = 0.002  # nats a token; training scores in its own precision, evaluat
 
 
 def results(run: Run) -> list[Block]:
-    """What was asked, what came out, and what others published."""
+    """What was asked, what came out, and what others reach."""
     asked, facts, scored = run.train, run.train_facts, run.evaluate_facts
     published = run.published
     none = [DASH] * len(published)
@@ -58,10 +59,10 @@ def results(run: Run) -> list[Block]:
     ]
     for name, score in scored.scores.items():
         for figure, value in score.figures().items():
-            same = figure == "acc_norm" and asked_as_published(run, name)
-            others = beside("hellaswag_acc_norm", lambda value: fixed(value, 4)) if same else none
+            digits = 2 if figure == "perplexity" else 4
+            others = [fixed(value_of(run, each, name, figure), digits) for each in published]
             unit = f" a {score.unit}" if figure == "perplexity" and score.unit else ""
-            label = f"{benchmark_title(run, name)} {figure}{unit}"
+            label = f"{title(run, name)} {figure}{unit}"
             rows.append([label, plural(score.examples, "example"), _figure(figure, value, score.examples), *others])
     rows += [
         ["hours", DASH, hours(run.hours), *beside("hours", hours)],
@@ -71,7 +72,25 @@ def results(run: Run) -> list[Block]:
     head = ["", "asked", "came out", *(each.name for each in published)]
     table = Table(head, rows, numbers=True, strong=2)
     found = notes(run)
-    return [table, Points(found)] if found else [table]
+    return [table, *_by_the_harness(run), *([Points(found)] if found else [])]
+
+
+def _by_the_harness(run: Run) -> list[Block]:
+    """Its figures under its own names: another program than ours, on the exported model."""
+    if run.harness is None:
+        return []
+    figures = run.harness.figures
+    names = sorted({name for values in figures.values() for name in values})
+    rows: list[list[Text]] = [
+        [task, whole(run.harness.examples.get(task, 0)), *(_of(values, name) for name in names)]
+        for task, values in figures.items()
+    ]
+    said = f"Measured by lm-evaluation-harness {run.harness.version} itself, on the exported model, by its own names:"
+    return [Paragraph(said), Table(["task", "examples", *names], rows, numbers=True)]
+
+
+def _of(values: Mapping[str, float], name: str) -> str:
+    return fixed(values[name], 4) if name in values else DASH
 
 
 def training(run: Run) -> list[Block]:
@@ -143,6 +162,14 @@ def irregularities(run: Run) -> list[Block]:
     ]
     found += [f"Input left out: {each}" for each in _skipped_input(run)]
     found += [f"{name} was not scored: {why}" for name, why in scored.skipped.items()]
+    found += [
+        f"{title(run, name)}: without {task} ({why})."
+        for name in scored.scores
+        if core_tasks(run, name)
+        for task, why in run.benchmarks[name].left_out.items()
+    ]
+    if run.without_harness:
+        found.append(f"lm-evaluation-harness could not be run: {run.without_harness}")
     difference = abs(scored.val_loss - run.train_facts.val_loss)
     if scored.val_tokens == run.train.val.tokens and difference > SAME_LOSS:
         found.append(
@@ -180,7 +207,7 @@ def data(run: Run) -> list[Block]:
         ["tokenizer", f"{tokens.tokenizer} ({tokens.backend})"],
     ]
     for name, facts in run.benchmarks.items():
-        rows.append([benchmark_title(run, name), f"{plural(facts.examples, 'example')} from {facts.origin}"])
+        rows.append([title(run, name), f"{plural(facts.examples, 'example')} from {facts.origin}"])
     skipped = _skipped_input(run)
     blocks: list[Block] = [Table(["", ""], rows)]
     if skipped:
@@ -244,7 +271,7 @@ def _figure(name: str, value: float, examples: int) -> str:
     """A benchmark's figure; a share of right answers with its standard error."""
     if name == "perplexity":
         return fixed(value, 2)
-    if name.startswith("acc"):
+    if is_share(name):
         return f"{fixed(value, 4)} ± {fixed(standard_error(value, examples), 4)}"
     return fixed(value, 4)
 

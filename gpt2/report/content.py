@@ -6,8 +6,10 @@ import math
 import time
 from collections.abc import Sequence
 
+from gpt2.manifest import Score
 from gpt2.report import chapters
-from gpt2.report.compare import benchmark_task, benchmark_title, hellaswag_reference, main_figure, val_loss_reference
+from gpt2.report.benchmarks import is_share, like_guessing, main_figure, standard_error, task, title
+from gpt2.report.compare import VAL_LOSS, reference
 from gpt2.report.document import Chapter, Code, Document, Gallery, Picture, Text, Tile
 from gpt2.report.drawing import Plot
 from gpt2.report.format import dollars, duration, fixed, percent, plural, short, short_commit, significant, whole
@@ -76,20 +78,28 @@ def lead(run: Run) -> str:
         f"{_against(run)}.",
     ]
     for name, score in scored.scores.items():
-        figure = main_figure(score.figures())
-        if figure not in ("acc_norm", "acc"):
-            continue
-        told = [f"guessing gives {percent(score.chance)}"] if score.chance is not None else []
-        published = hellaswag_reference(run, name)
-        if published is not None:
-            told.append(f"{published[0].name} reaches {percent(published[1])}")
-        sentences.append(
-            f"On {benchmark_title(run, name)}{benchmark_task(run, name)} it answers "
-            f"{percent(score.figures()[figure])} of {plural(score.examples, 'question')} rightly"
-            + (f"; {', '.join(told)}" if told else "")
-            + "."
-        )
+        figure = main_figure(run, name, score)
+        if figure is not None and is_share(figure):
+            sentences.append(_answers(run, name, score, figure))
     return " ".join(sentences)
+
+
+def _answers(run: Run, name: str, score: Score, figure: str) -> str:
+    """A benchmark in a sentence."""
+    share, other = score.figures()[figure], reference(run, name, figure)
+    told = []
+    if score.chance is not None:
+        chance = percent(score.chance)
+        told.append(
+            f"not to be told from guessing ({chance})" if like_guessing(share, score) else f"guessing gives {chance}"
+        )
+    if other is not None:
+        told.append(f"{other[0].name} reaches {percent(other[1])}")
+    error = percent(standard_error(share, score.examples))
+    return (
+        f"On {title(run, name)}{task(run, name)} it answers {percent(share)} (± {error}) of "
+        f"{plural(score.examples, 'question')} rightly" + (f"; {', '.join(told)}" if told else "") + "."
+    )
 
 
 def perplexity(loss: float) -> float:
@@ -108,21 +118,14 @@ def _subtitle(run: Run) -> Text:
 
 
 def _tiles(run: Run) -> list[Tile]:
-    facts, loss = run.train_facts, val_loss_reference(run)
+    facts, loss = run.train_facts, reference(run, VAL_LOSS)
     beside = f"{loss[0].name}: {loss[1]:.4f}" if loss else "nats a token"
     tiles = [Tile("validation loss", fixed(run.evaluate_facts.val_loss, 4), beside)]
     for name, score in run.evaluate_facts.scores.items():
-        figures = score.figures()
-        figure = main_figure(figures)
-        if figure is None:
-            continue
-        published = hellaswag_reference(run, name)
-        if published is not None:
-            beside = f"{published[0].name}: {published[1]:.4f}"
-        else:
-            beside = f"guessing: {score.chance:.4f}" if score.chance is not None else figure
-        value = fixed(figures[figure], 2 if figure == "perplexity" else 4)
-        tiles.append(Tile(benchmark_title(run, name), value, beside))
+        figure = main_figure(run, name, score)
+        if figure is not None:
+            value = fixed(score.figures()[figure], 2 if figure == "perplexity" else 4)
+            tiles.append(Tile(title(run, name), value, _beside(run, name, score, figure)))
     tiles += [
         Tile("tokens", short(facts.tokens), plural(facts.steps, "step")),
         Tile("training time", duration(facts.total_seconds), run.device),
@@ -137,6 +140,23 @@ def _tiles(run: Run) -> list[Tile]:
     return tiles
 
 
+def _beside(run: Run, name: str, score: Score, figure: str) -> str:
+    """What makes a benchmark's figure readable: how sure it is, and somebody else's, or what guessing gives."""
+    value, other = score.figures()[figure], reference(run, name, figure)
+    parts = []
+    if is_share(figure):
+        parts.append(f"± {standard_error(value, score.examples):.4f}")
+    if is_share(figure) and like_guessing(value, score):
+        parts.append(f"not to be told from guessing ({fixed(score.chance, 4)})")
+    elif other is None and score.chance is not None:
+        parts.append(f"guessing: {score.chance:.4f}")
+    if other is not None:
+        parts.append(f"{other[0].name}: {fixed(other[1], 2 if figure == 'perplexity' else 4)}")
+    if not is_share(figure):
+        parts.insert(0, f"{figure} a {score.unit}" if figure == "perplexity" and score.unit else figure)
+    return "; ".join(parts)
+
+
 def _origin(run: Run) -> str:
     """The source without its revision, which the chapter on data gives in full."""
     return run.download_facts.origin.partition("@")[0]
@@ -147,7 +167,7 @@ def _passes(run: Run) -> str:
 
 
 def _against(run: Run) -> str:
-    published = val_loss_reference(run)
+    published = reference(run, VAL_LOSS)
     if published is None:
         return ""
     difference = run.evaluate_facts.val_loss - published[1]

@@ -68,6 +68,12 @@ GROUPS: dict[str, tuple[Definition, ...]] = {
             "",
             "A benchmark scored on the weights after that step; figures as below.",
         ),
+        Definition(
+            "harness/<task>/<metric>",
+            "",
+            "What lm-evaluation-harness itself gives for the final weights, exported to Hugging Face's format, in "
+            "fp32; tasks and metrics by its own names. Only where the recipe asks for it.",
+        ),
     ),
     "Facts of training": (
         Definition(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from itertools import cycle
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from gpt2.report.compare import asked_as_published, benchmark_title, main_figure, other_text
+from gpt2.config import Published
+from gpt2.report.benchmarks import is_share, main_figure, standing_for, title
+from gpt2.report.compare import VAL_LOSS, compares, lines
 from gpt2.report.drawing import (
     BESIDE,
     FEW,
@@ -54,15 +56,16 @@ def _loss(run: Run) -> Plot | None:
     if not val and not train:
         return None
     figure, axes = new_figure(right=BESIDE)
-    levels = _published(run, "val_loss", 3)
+    others = lines(run, VAL_LOSS)
+    levels = _levels(others, 3)
     if train:
         draw_line(axes, tokens_of(run, train), train.values, OURS, alpha=0.3, width=0.8)
-        _name_training(axes, run, train)
     if val:
         draw_line(axes, tokens_of(run, val), val.values, OURS)
     last = val or train
     low, high, cut = _loss_window(run, [level.value for level in levels])
     axes.set_ylim(low, high)
+    _name_training(axes, run)
     ours = Level(last.values[-1], f"this run\n{last.values[-1]:.3f}", OURS)
     draw_levels(axes, levels, ours)
     token_axis(axes, run)
@@ -70,44 +73,53 @@ def _loss(run: Run) -> Plot | None:
     caption = "Loss on the validation text, in nats a token, over the tokens trained on."
     if val and train:
         caption = f"{caption} The faint line is the loss of the training batches."
-    if levels and other_text(run):
-        caption = f"{caption} The published lines are of other validation tokens and do not compare."
+    if elsewhere := [each.name for _, each, _ in others if not compares(run, each, VAL_LOSS)]:
+        caption = f"{caption} Of other validation tokens, and not to be compared: {', '.join(elsewhere)}."
     if cut:
         caption = f"{caption} The curve starts at {last.values[0]:.2f}, above the plot."
     return finished("validation_loss", "Validation loss" if val else "Training loss", caption, figure, axes)
 
 
-def _name_training(axes: Axes, run: Run, curve: Curve) -> None:
-    """Write what the faint line is above its middle, where a long curve leaves room."""
-    if len(curve.steps) <= FEW:
+def _name_training(axes: Axes, run: Run) -> None:
+    """Write what the faint line is over its middle, where a long curve leaves room: above whatever is drawn there, or
+    below it where that would leave the plot."""
+    train, val = run.curves["train/loss"], run.curves["val/loss"]
+    if len(train.steps) <= FEW:
         return
-    middle = slice(int(0.40 * len(curve.steps)), int(0.60 * len(curve.steps)))
-    height = max(curve.values[middle])
-    at = (run.tokens_at(curve.steps[len(curve.steps) // 2]), height)
+    end = run.train_facts.steps
+    across = np.linspace(0.36 * end, 0.64 * end, 60)  # as wide as the words
+    drawn = [value for step, value in zip(*points_of(train), strict=True) if across[0] <= step <= across[-1]]
+    if val:
+        drawn += np.interp(across, *points_of(val)).tolist()
+    if not drawn:
+        return
+    bottom, top = axes.get_ylim()
+    above = max(drawn) < top - 0.1 * (top - bottom)
     axes.annotate(
-        "training batches", at, (0, 5), "data", "offset points", color=OURS, alpha=0.75, fontsize=8, ha="center"
-    )
+        "training batches", (run.tokens_at(end // 2), max(drawn) if above else min(drawn)), (0, 5 if above else -5),
+        "data", "offset points", color=OURS, alpha=0.75, fontsize=8, ha="center", va="bottom" if above else "top",
+    )  # fmt: skip
 
 
-def _published(run: Run, field: str, digits: int) -> list[Level]:
-    """The published figures of one kind that compare, each entry in the colour it has in every plot."""
+def _levels(others: list[tuple[int, Published, float]], digits: int) -> list[Level]:
+    """Somebody else's figures as lines, each model in the colour it has in every plot."""
     return [
-        Level(value, f"{published.name}\n{fixed(value, digits)}", colour)
-        for published, colour in zip(run.published, cycle(PUBLISHED), strict=False)
-        if (value := getattr(published, field)) is not None and published.note is None
+        Level(value, f"{each.name}\n{fixed(value, digits)}", PUBLISHED[index % len(PUBLISHED)])
+        for index, each, value in others
     ]
 
 
 def _loss_window(run: Run, levels: list[float]) -> tuple[float, float, bool]:
     """(lowest, highest, whether points lie above): the end of a long curve is what one wants to read, so its first
-    steep part may leave the plot."""
-    curve = run.curves["val/loss"] or run.curves["train/loss"]
+    steep part may leave the plot, and so may the luckiest batches."""
+    curve, train = run.curves["val/loss"] or run.curves["train/loss"], run.curves["train/loss"].values
     top, cut = max(curve.values), False
     if len(curve.steps) >= 12:
         late = [value for step, value in zip(*points_of(curve), strict=True) if step >= 0.04 * curve.steps[-1]]
         if max(late) < top - 1.0:
             top, cut = max(late), True
-    low, high = min([*curve.values, *levels]), max([top, *levels])
+    lucky = [sorted(train)[len(train) // 200]] if train else []
+    low, high = min([*curve.values, *levels, *lucky]), max([top, *levels])
     margin = 0.06 * (high - low) or 0.1
     return low - margin, high + margin, cut
 
@@ -115,19 +127,17 @@ def _loss_window(run: Run, levels: list[float]) -> tuple[float, float, bool]:
 def _benchmark(run: Run, name: str) -> Plot | None:
     score = run.evaluate_facts.scores.get(name)
     scores = score.figures() if score else {}
-    shown = next(
-        (figure for figure in ("acc_norm", "acc", "centered") if run.curves[f"benchmark/{name}/{figure}"]), None
-    )
-    shown = shown or main_figure(scores)
+    usual = (*standing_for(run, name), "acc_norm", "acc")  # training may have scored another than the final one
+    shown = next((figure for figure in usual if run.curves[f"benchmark/{name}/{figure}"]), None)
+    shown = shown or (main_figure(run, name, score) if score else None)
     curve, final = run.curves[f"benchmark/{name}/{shown}"], scores.get(shown or "")
-    levels = []
-    if shown == "acc_norm" and asked_as_published(run, name):
-        levels = _published(run, "hellaswag_acc_norm", 4)
-    if not curve and (final is None or not levels):
-        return None  # one number by itself is for the table
+    digits = 2 if shown == "perplexity" else 4
+    levels = _levels([line for line in lines(run, name, shown or "") if compares(run, line[1], name)], digits)
+    if not curve and (final is None or len(levels) < 2):
+        return None  # one or two numbers by themselves are for the table
     figure, axes = new_figure(right=BESIDE)
     chance = score.chance if score else run.benchmarks[name].chance
-    if chance is not None and shown != "centered":
+    if chance is not None and is_share(shown):
         levels.append(Level(chance, f"guessing\n{fixed(chance, 4)}", MUTED))
     if curve:
         draw_line(axes, tokens_of(run, curve), curve.values, OURS)
@@ -139,12 +149,13 @@ def _benchmark(run: Run, name: str) -> Plot | None:
     axes.set_ylim(min(values) - margin, max(values) + margin)
     draw_levels(axes, levels, Level(end, f"this run\n{fixed(end, 4)}", OURS))
     token_axis(axes, run)
-    title = f"{benchmark_title(run, name)} ({shown})"
+    heading = f"{title(run, name)} ({shown})"
     examples = score.examples if score else run.benchmarks[name].examples
-    caption = f"Share of {examples:,} examples answered rightly, over the tokens trained on."
+    what = f"Share of {examples:,} examples answered rightly" if is_share(shown) else f"{examples:,} examples scored"
+    caption = f"{what}, over the tokens trained on."
     if final is not None:
         caption = f"{caption} The dot is the finished model, scored by the evaluation stage."
-    return finished("benchmark_" + re.sub(r"[^A-Za-z0-9_-]", "_", name), title, caption, figure, axes)
+    return finished("benchmark_" + re.sub(r"[^A-Za-z0-9_-]", "_", name), heading, caption, figure, axes)
 
 
 def _learning_rate(run: Run) -> Plot | None:

@@ -20,8 +20,10 @@ from gpt2.manifest import (
     BenchmarkFacts,
     DownloadFacts,
     EvaluateFacts,
+    HarnessFacts,
     Manifest,
     Request,
+    Score,
     TokenizeFacts,
     TrainFacts,
     read_model,
@@ -37,6 +39,13 @@ class ReportRequest(ReportConfig):
     """The report stage's section of the configuration: the recipe's name and its report section."""
 
     name: str
+
+
+class Measured(Published):
+    """A baseline: somebody else's model, measured as ours is."""
+
+    scores: dict[str, Score] = {}
+    """by benchmark"""
 
 
 @dataclass(frozen=True)
@@ -108,8 +117,12 @@ class Run:
     curves: Curves
     samples: tuple[Sample, ...]
     anomalies: tuple[dict[str, Any], ...]
-    measured: tuple[Published, ...] = ()
+    measured: tuple[Measured, ...] = ()
     """baselines, evaluated by the same code on the same shard and benchmarks"""
+    harness: HarnessFacts | None = None
+    """what lm-evaluation-harness itself measured, where it was asked for"""
+    without_harness: str | None = None
+    """why it could not be run, though it was asked for"""
     recipe: RunConfig | None = None
     """what conf/ holds under the run's name now; None where it holds nothing"""
 
@@ -177,6 +190,9 @@ def gather(directory: StageDir) -> Run:
         "train": model,
         "evaluate": scores,
     }
+    harness = directory.input("harness") if "harness" in directory.request.inputs else None
+    if harness is not None:
+        named["harness"] = harness
     roles = [role for role in directory.request.inputs if role.startswith("baseline:")]
     baselines = {role.removeprefix("baseline:"): directory.input(role) for role in roles}
     report = directory.config(ReportRequest)
@@ -195,23 +211,20 @@ def gather(directory: StageDir) -> Run:
         curves=read_curves(read_metrics(model.path / METRICS)),
         samples=read_samples(model.path / SAMPLES),
         anomalies=tuple(_json_lines(model.path / ANOMALIES)),
-        measured=tuple(_measured(name, stage, benchmarks) for name, stage in baselines.items()),
+        measured=tuple(_measured(name, stage) for name, stage in baselines.items()),
+        harness=harness.facts(HarnessFacts) if harness is not None else None,
+        without_harness=directory.request.hints.get("without_harness"),
         recipe=_recipe(report.name),
     )
 
 
-def _measured(name: str, stage: StageDir, benchmarks: dict[str, StageDir]) -> Published:
+def _measured(name: str, stage: StageDir) -> Measured:
     facts = stage.facts(EvaluateFacts)
-    kinds = {benchmark: directory.facts(BenchmarkFacts).kind for benchmark, directory in benchmarks.items()}
-    hellaswag = next(
-        (score for key, score in facts.scores.items() if kinds.get(key) == "hellaswag" and score.prompt != "harness"),
-        None,
-    )
-    return Published(
-        name=f"{name}, measured",
+    return Measured(
+        name=f"{name} (measured)",
         source=f"evaluated here by the same code on the same shard and benchmarks, {stage.request.address}",
         val_loss=facts.val_loss,
-        hellaswag_acc_norm=None if hellaswag is None else hellaswag.acc_norm,
+        scores=facts.scores,
     )
 
 
