@@ -259,6 +259,14 @@ def test_disjoint_gpus_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             pass
 
 
+def test_the_gpus_held_are_those_that_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: of "3,1" the one process uses GPU 3, while GPU 1 is held."""
+    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    with launch.gpus_held(1, "a", lambda text: pytest.fail(text)):
+        assert [path.name for path in tmp_path.iterdir()] == ["gpt2-gpu-3.lock"]
+
+
 def test_a_process_that_was_asked_to_end_is_not_started_again() -> None:
     asked, crashed = launch.failure(143, ["[rank 0] ended by SIGTERM, everything is saved"]), launch.failure(139, [])
     assert not isinstance(asked, launch.StageCrashed) and "asked to end by SIGTERM" in str(asked)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from gpt2.anomaly import Anomalies, z_score
 from gpt2.checkpoint import load_model, save_model
 from gpt2.config import AnomalyConfig, ModelConfig, TrainConfig
 from gpt2.loader import Loader
+from gpt2.machine import keep_compiled
 from gpt2.manifest import TrainFacts
 from gpt2.model import GPT
 from gpt2.optim import learning_rate
@@ -260,3 +262,13 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(tmp_path: Path, finished: Path
     output = run(directory)
     assert "warning: checkpoint step_00000012 cannot be used" in output and "resuming after step 8 " in output
     assert result(directory)["metrics"] == result(finished)["metrics"]
+
+
+def test_compiled_code_is_kept_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: each new container compiles everything again; or a folder that the user has chosen is not used."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # noted as not there, for the end of the test
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    keep_compiled(tmp_path)
+    assert os.environ["TRITON_CACHE_DIR"] == "/chosen"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".compiled" / "inductor")
