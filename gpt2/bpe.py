@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import uuid
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,9 @@ SLACK = 16  # ids that bpe_encode may write past the last one
 CHECKED_SHARE = 1 / 1000
 BUFFERS = 24  # of a thread, more than its results that may be waiting to be written
 ERRORS = {-1: "memory ran out", -2: "it is 4 GiB or longer without white space"}
+
+
+_compiling = threading.Lock()
 
 
 class Unavailable(Exception):
@@ -72,6 +76,11 @@ def library() -> ctypes.CDLL:
     Raises:
         Unavailable: there is no C compiler, or it refuses.
     """
+    with _compiling:  # of several threads that come at once, one compiles and the others find it done
+        return _library()
+
+
+def _library() -> ctypes.CDLL:
     compiler = _compiler()
     if not SOURCE.exists():
         raise Unavailable(f"{SOURCE} was not installed")
@@ -79,7 +88,7 @@ def library() -> ctypes.CDLL:
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     path = user_cache("bpe") / f"bpe-{name}.so"
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # the cache may be shared by machines
         command = [*compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -56,6 +56,36 @@ def random_document(rng: random.Random, longest: int = 400) -> str:
     return " ".join("".join(rng.choices(rng.choice(ALPHABETS), k=rng.randrange(1, 24))) for _ in range(size // 8 + 1))
 
 
+def hard_document(rng: random.Random, longest: int = 400) -> str:
+    """As random_document, but also empty at times, with surrogates, or, rarely, of about a million characters. Not for
+    `sample_documents`: surrogates have no UTF-8, and it has to be quick."""
+    if rng.random() < 1 / 30_000:
+        return huge_document(rng, longest)
+    if rng.random() < 1 / 50:
+        return ""
+    text = random_document(rng, longest)
+    if rng.random() < 1 / 10:
+        characters = list(text)
+        for _ in range(rng.randrange(1, 8)):  # halves of either kind, so that now and then two make a pair
+            characters.insert(rng.randrange(len(characters) + 1), chr(rng.randrange(0xD800, 0xE000)))
+        return "".join(characters)
+    return text
+
+
+def huge_document(rng: random.Random, longest: int = 400, size: int = 1_000_000) -> str:
+    """Many documents, one again and again, or a run of one character (of white space longer than tiktoken's regex
+    engine takes at once), with others at both ends."""
+    kind = rng.randrange(3)
+    if kind == 0:
+        parts, length = [""], 0
+        while length < size:
+            parts.append(random_document(rng, longest))
+            length += len(parts[-1])
+        return "".join(parts)
+    one = random_document(rng, longest) if kind == 1 else rng.choice("".join(ALPHABETS))
+    return random_document(rng, longest) + one * (size // len(one) + 1) + random_document(rng, longest)
+
+
 def _character(rng: random.Random) -> str:
     """Any character: of the basic plane as often as of all others."""
     while True:

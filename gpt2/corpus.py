@@ -3,7 +3,8 @@
 The files are divided into *units*: a few row groups of a parquet file, a range of bytes of a jsonl or txt file, the
 whole of a compressed one. A unit says where its documents are and can be read by any process that sees the files; the
 documents of all units, one after another, are the corpus. Reading keeps a few megabytes in memory, whatever the size of
-the file, the row group or (txt) the document.
+the file, the row group or (txt) the document; only what cannot be divided is held whole: a row, a line of jsonl, and a
+text for as long as it has no space, tab or end of line after anything but white space.
 
     parquet                a row is a document
     jsonl, .gz, .zst       a line holds an object, of which one field is a document
@@ -15,11 +16,12 @@ Paths may be addresses that fsspec understands (s3://..., gs://..., memory://...
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple, NoReturn
 
 import fsspec  # type: ignore[import-untyped]
 import numpy as np
@@ -129,6 +131,34 @@ class BadInput:
         return entries
 
 
+class CannotReadNow(OSError):
+    """A file could not be read this time, which says nothing about what is in it: it is never left out for that, or
+    the bytes would depend on the weather. No UserError, so that a cluster tries again; yet its text is for people, and
+    a stage prints it as one line like that of any OSError."""
+
+
+def raise_if_passing(error: BaseException, name: str) -> None:
+    """Return only if the bytes of file `name` are bad, and would be another time.
+
+    Of those, Arrow says so with an OSError without a number, gzip with a subclass of its own, zlib and zstd with no
+    OSError at all. Numbers come from the operating system, and subclasses from it or from a remote store.
+
+    Raises:
+        CannotReadNow: the error is one of time-outs, connections, permissions, devices, handles or memory.
+    """
+    if isinstance(error, CannotReadNow):
+        raise error
+    if isinstance(error, gzip.BadGzipFile) or not isinstance(error, OSError | MemoryError):
+        return
+    if type(error) is not OSError or error.errno is not None:
+        _raise_passing(error, name)
+
+
+def _raise_passing(error: BaseException, name: str) -> NoReturn:
+    why = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:200])))
+    raise CannotReadNow(f"{name} cannot be read now ({why}): put that right and run again, finished work is kept")
+
+
 def kind_of(path: str) -> tuple[Kind, Compression | None]:
     """What a file holds and how it is compressed, by its name.
 
@@ -154,6 +184,7 @@ def divide(files: Iterable[tuple[str, str]], reading: Reading) -> tuple[list[Uni
 
     Raises:
         UserError: a missing or unreadable file, or one without the text column.
+        CannotReadNow: a file that may be readable another time, whatever `reading` says.
     """
     from gpt2 import corpus_lines, corpus_parquet
 
@@ -173,6 +204,7 @@ def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
 
     Raises:
         UserError: input that cannot be used, unless `reading` says to skip it; it names the file and the place.
+        CannotReadNow: as `divide`.
     """
     from gpt2 import corpus_lines, corpus_parquet
 
@@ -188,6 +220,7 @@ def open_raw(path: str, name: str) -> IO[bytes]:
 
     Raises:
         UserError: it is missing.
+        CannotReadNow: it is there, as far as is known.
     """
     try:
         return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")
@@ -197,26 +230,34 @@ def open_raw(path: str, name: str) -> IO[bytes]:
             f"data file {name} is missing ({target}): bring it back, or delete the download stage's directory and run "
             f"again"
         ) from None
+    except OSError as error:
+        _raise_passing(error, name)
 
 
 # ---------------------------------------------------------------------------------------------- cutting long documents
 
-_CUT = re.compile(rb"[!-~](?=[ \t\r\n])")
+# ASCII white space, looked for first because that is quick, after a character that is none. One of several bytes ends
+# with 80 to BF; those that the pattern calls \s are U+0085, 00A0, 1680, 2000 to 200A, 2028, 2029, 202F, 205F and 3000.
+_CUT = re.compile(
+    rb"[ \t\r\n](?<=[!-~\x80-\xbf].)(?<!\xc2[\x85\xa0].)(?<!\xe1\x9a\x80.)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf].)"
+    rb"(?<!\xe2\x81\x9f.)(?<!\xe3\x80\x80.)",
+    re.DOTALL,
+)
 
 
 def last_cut(data: bytes | bytearray | memoryview, start: int, end: int) -> int:
     """The last place in data[start:end] where a document can be cut without changing its tokens; -1: none.
 
-    GPT-2's pattern never lets a piece go on from anything but white space into white space, and looks ahead from white
-    space only: so before white space that follows a printable ASCII character a piece always ends, and what comes
-    after is divided as if the document began there.
+    In GPT-2's pattern a piece that holds anything but white space has white space at its start only, so it always ends
+    before white space; it looks ahead from white space only, and never back. So where white space follows anything
+    else, what comes before is divided as if the document ended there, and what comes after as if it began.
     """
     window, stop = 1 << 12, end
     while stop > start:
         begin = max(start, stop - window)
         found = -1
-        for match in _CUT.finditer(data, begin, min(end, stop + 1)):
-            found = match.end()
+        for match in _CUT.finditer(data, max(begin, start + 1), stop):  # the pattern sees what is before `begin`
+            found = match.start()
         if found >= 0:
             return found
         stop, window = begin, 4 * window
@@ -244,10 +285,10 @@ def slices(batch: Batch, limit: int = 2 * BATCH_BYTES) -> Iterator[Batch]:
         while stop - start > limit:
             cut = last_cut(view, start, start + limit)
             if cut < 0:
-                forward = _CUT.search(view, start + limit - 1, stop)
+                forward = _CUT.search(view, start + limit, stop)
                 if forward is None:
                     break
-                cut = forward.end()
+                cut = forward.start()
             yield Batch(batch.data, np.array([start, cut], dtype=np.int64), begins)
             start, begins = cut, False
         yield Batch(batch.data, np.array([start, stop], dtype=np.int64), begins)

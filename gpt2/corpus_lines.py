@@ -25,13 +25,17 @@ from gpt2.corpus import (
     Unit,
     last_cut,
     open_raw,
+    raise_if_passing,
 )
 from gpt2.errors import UserError
 
-_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError)
-# A separator is a whole line. A text is cut only before white space, so a piece begins with a separator only where a
-# file does.
+_UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, MemoryError)
+# A separator is a whole line. A text is cut only before white space or after such a line, so what a piece begins with
+# is a line's beginning if it is a separator.
 _SEPARATOR = re.compile(rb"(?:\A|(?<=\n))" + re.escape(SEPARATOR) + rb"\r?\n")
+_SEPARATOR_LINE = b"\n" + SEPARATOR
+_OVERLAP = len(_SEPARATOR_LINE) + 2
+_LINE_END = ord("\n")
 _LAST_SEPARATOR = re.compile(rb"(?:\A|(?<=\n))" + re.escape(SEPARATOR) + rb"(?:\r?\n|\Z)")
 
 
@@ -44,9 +48,9 @@ def divide(path: str, name: str, kind: Kind, compression: Compression | None, re
     with open_raw(path, name) as file:
         size = file.seek(0, 2)
         if compression:
-            borders = [0, size]
+            borders = [(0, True), (size, True)]
         elif kind == "jsonl":
-            borders = [*range(0, size, UNIT_BYTES), size]
+            borders = [(first, first == 0) for first in (*range(0, size, UNIT_BYTES), size)]
         else:
             borders = _cuts(file, size)
     if kind == "jsonl":
@@ -60,43 +64,50 @@ def divide(path: str, name: str, kind: Kind, compression: Compression | None, re
             first=first,
             last=last,
             size=last - first,
-            opens=first == 0,
+            opens=opens,
         )
-        for first, last in pairwise(borders)
+        for (first, opens), (last, _) in pairwise(borders)
     ]
 
 
-def _cuts(file: IO[bytes], size: int) -> list[int]:
-    """Places about UNIT_BYTES apart where a text can be cut without changing its tokens."""
-    cuts = [0]
+def _cuts(file: IO[bytes], size: int) -> list[tuple[int, bool]]:
+    """Places about UNIT_BYTES apart where a text can be cut without changing its tokens, and whether a document begins
+    there."""
+    cuts = [(0, True)]
     target = UNIT_BYTES
     while target < size:
         file.seek(target)
         data = file.read(1 << 16)
         found = _last_text_cut(data)
         if found >= 0:
-            cuts.append(target + found)
-            target = cuts[-1] + UNIT_BYTES
+            cuts.append((target + found, data[found - 1] == _LINE_END))  # one after a line's end is after a separator
+            target += found + UNIT_BYTES
         else:
-            target += len(data) - len(SEPARATOR) if len(data) == 1 << 16 else len(data)
-    return [*cuts, size]
+            target += len(data) - _OVERLAP if len(data) == 1 << 16 else len(data)
+    return [*cuts, (size, True)]
 
 
 def _last_text_cut(data: bytes | bytearray, start: int = 0) -> int:
-    """As last_cut, but never just after a separator, which would then look like text without its line's end."""
-    end = len(data)
-    while (cut := last_cut(data, start, end)) >= 0:
-        if cut >= len(SEPARATOR) and not data.endswith(SEPARATOR, 0, cut):
-            return cut
-        end = cut
-    return -1
+    """As last_cut, and also after the line of a separator; but never just before that line's end, without which it
+    would look like text."""
+    cut = end = len(data)
+    while (cut := last_cut(data, start, cut)) >= 0:
+        if cut >= len(_SEPARATOR_LINE) and not data.endswith(_SEPARATOR_LINE, 0, cut):
+            break
+    while (end := data.rfind(_SEPARATOR_LINE, max(start, cut, 0), end)) >= 0:
+        after = end + len(_SEPARATOR_LINE)
+        after += data.startswith(b"\r", after)
+        if data.startswith(b"\n", after) and after + 1 < len(data):
+            return after + 1
+    return cut
 
 
 def _check_field(path: str, name: str, compression: Compression | None, column: str) -> None:
     try:
         with open_raw(path, name) as raw, _decompress(raw, compression) as file:
             record = json.loads(file.readline())
-    except (*_UNREADABLE, ValueError, RecursionError):
+    except (*_UNREADABLE, ValueError, RecursionError) as error:
+        raise_if_passing(error, name)
         return  # reading will say where
     if isinstance(record, dict) and column not in record:
         have = ", ".join(record)
@@ -213,6 +224,7 @@ def _line_number(unit: Unit, position: int) -> str:
 
 
 def _unreadable(bad: BadInput, unit: Unit, error: BaseException) -> None:
+    raise_if_passing(error, unit.name)
     reason = f"cannot be read to its end: {' '.join(str(error).split())[:200]}"
     bad.add(unit.name, reason, "compressed data" if unit.compression else f"bytes from {unit.first:,}", rows=0)
 
@@ -236,7 +248,7 @@ def read_txt(unit: Unit, reading: Reading) -> Iterator[Batch]:
                 data += block
                 final = not block
                 # Only what is new can hold a better place to cut: a text without any is not searched again and again.
-                cut = len(data) if final else _last_text_cut(data, max(0, len(data) - len(block) - len(SEPARATOR)))
+                cut = len(data) if final else _last_text_cut(data, max(0, len(data) - len(block) - _OVERLAP))
                 if final or cut >= BATCH_BYTES // 2:
                     now = unit.size if final else raw.tell() if unit.compression else unit.size - left
                     at_end = final and (unit.compression is not None or unit.last == raw.seek(0, 2))

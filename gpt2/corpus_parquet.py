@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpt2.corpus import BATCH_BYTES, UNIT_BYTES, BadInput, Batch, Reading, Unit, open_raw
+from gpt2.corpus import BATCH_BYTES, UNIT_BYTES, BadInput, Batch, Reading, Unit, open_raw, raise_if_passing
 from gpt2.errors import UserError
 
 _TEXT = (pa.string(), pa.large_string(), pa.string_view())
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())  # how some writers store text
-_UNREADABLE = (pa.ArrowException, OSError, ValueError)
+_UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
+_FIRST_ROWS, _MOST_ROWS, _GROWTH = 64, 4096, 8  # of a batch; how many times the rows of the batch before
 _held = threading.local()  # the file a thread read last: its footer is parsed once for all of its units
 
 
@@ -30,6 +31,7 @@ def divide(path: str, name: str, reading: Reading, bad: BadInput) -> list[Unit]:
     try:
         file = _open(path, name)
     except _UNREADABLE as error:
+        raise_if_passing(error, name)
         bad.add(name, f"not a readable parquet file: {_one_line(error)}", "its footer", rows=0)
         return []
     schema = file.schema_arrow
@@ -52,25 +54,40 @@ def divide(path: str, name: str, reading: Reading, bad: BadInput) -> list[Unit]:
 
 
 def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
-    """See corpus.read. A row group is decoded in pieces, so its size does not matter."""
+    """See corpus.read. A row group is decoded in pieces, so its size does not matter.
+
+    How many rows make BATCH_BYTES is known only from rows that were read: where a text is there many times, the file
+    has it once, and its sizes are those of the numbers that stand for it. They tell no more than the most there can be.
+    """
     bad = BadInput(reading.on_bad_input)
-    file = _open(unit.path, unit.name)
+    try:
+        file = _open(unit.path, unit.name)
+    except _UNREADABLE as error:
+        raise_if_passing(error, unit.name)
+        raise
     sizes = _sizes(file, reading.column)
+    wanted = _FIRST_ROWS
     for group in range(unit.first, unit.last):
         size, rows = sizes[group], file.metadata.row_group(group).num_rows
-        batch_rows = max(1, min(rows, rows * BATCH_BYTES // max(size, 1)))
+        most = max(1, min(rows, _MOST_ROWS, rows * BATCH_BYTES // max(size, 1)))
         done = consumed = 0
         try:
-            for record in file.iter_batches(
-                batch_rows, row_groups=[group], columns=[reading.column], use_threads=False
-            ):
+            records = file.iter_batches(
+                min(wanted, most), row_groups=[group], columns=[reading.column], use_threads=False
+            )
+            for record in records:
                 array = _text(record.column(0), unit.name, group, done, bad)
                 done += record.num_rows
                 share = size * done // rows - consumed
                 consumed += share
-                yield _batch(array, consumed=share, skipped=bad.take())
+                batch = _batch(array, consumed=share, skipped=bad.take())
+                fitting = record.num_rows * BATCH_BYTES // max(1, int(batch.offsets[-1] - batch.offsets[0]))
+                wanted = max(1, min(_GROWTH * wanted, fitting))
+                file.reader.set_batch_size(min(wanted, most))  # Arrow asks for it anew at each batch
+                yield batch
         except _UNREADABLE as error:
             _held.file = None
+            raise_if_passing(error, unit.name)
             reason = f"cannot be read: {_one_line(error)}"
             bad.add(unit.name, reason, f"row group {group}, row {done}", row_group=group, rows=rows - done)
             yield Batch.of([], consumed=size - consumed, skipped=bad.take())

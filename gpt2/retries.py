@@ -62,7 +62,8 @@ class Retries:
         seconds = backoff * random.uniform(0.75, 1.25)  # so that the workers do not come back all at once
         asked = _asked_to_wait(error)
         if asked is not None:
-            seconds = min(asked, self.patience.longest_asked) + random.uniform(0.0, 0.5)
+            # Never sooner than the backoff: an answer that says 0 again and again would use up the tries in seconds.
+            seconds = max(seconds, min(asked, self.patience.longest_asked) + random.uniform(0.0, 0.5))
         if seconds >= 5:
             print(f"could not {self.what} ({first_line(error)}); trying again in {seconds:.0f} s", flush=True)
         self.stop.wait(seconds)

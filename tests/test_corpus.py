@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
+import pickle
 import random
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiktoken
 import zstandard
+from corpus_stages import tokenize_stage
 
-from gpt2 import corpus, corpus_lines, corpus_parquet
-from gpt2.corpus import Batch, Reading, Unit, divide, kind_of, last_cut, read, slices
+from gpt2 import corpus, corpus_lines, corpus_parquet, stage
+from gpt2.bpe_tables import character_classes
+from gpt2.corpus import _CUT, Batch, CannotReadNow, Reading, Unit, divide, kind_of, last_cut, read, slices
+from gpt2.encoder import TiktokenEncoder, encode_unit
 from gpt2.errors import UserError
 from gpt2.manifest import Skipped
+from gpt2.tokenize import expected_tokens, tokenize
 from gpt2.tokenizer import gpt2_encoding
 
 TEXT = Reading("text")
 SKIP = Reading("text", "skip")
+# White space to GPT-2's pattern, besides blanks, tabs and ends of lines.
+BLANKS = [*"\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200B))]
 
 
 def documents(batches: Iterator[Batch]) -> list[str]:
@@ -162,6 +173,33 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         divide([(str(path), "a.parquet")], Reading("id"))
 
 
+def test_a_batch_is_as_large_as_its_text(tmp_path: Path) -> None:
+    """Catches: rows counted by their size in the file, where a text that comes often is there once: 200 MB at once out
+    of a file of 19 kB. And short rows left in batches as small as the first."""
+    texts = pa.array([f"{number} " + "lorem ipsum " * 800 for number in range(40)])
+    often = pa.DictionaryArray.from_arrays(pa.array([number % 40 for number in range(6000)], pa.int32()), texts)
+    for name, array in (("a", often.cast(pa.string())), ("b", often)):
+        path = write(tmp_path / f"{name}.parquet", array, row_group_size=3000)
+        assert path.stat().st_size < 100_000
+        (unit,) = divide([(str(path), path.name)], TEXT)[0]
+        sizes = [int(batch.offsets[-1] - batch.offsets[0]) for batch in read(unit, TEXT)]
+        assert sum(sizes) > 50e6 and max(sizes) < 1.1 * corpus.BATCH_BYTES
+        assert len(sizes) < 25, "Arrow does not take another number of rows midway"
+    path = write(tmp_path / "c.parquet", pa.array([f"row {number}" for number in range(40_000)]))
+    assert corpus_of(path) == [f"row {number}" for number in range(40_000)]
+    assert len(list(read(divide([(str(path), "c.parquet")], TEXT)[0][0], TEXT))) < 20
+
+
+def test_a_file_of_no_rows(tmp_path: Path) -> None:
+    """Catches: StopIteration out of the estimate of tokens, for which such a file has no text."""
+    empty = write(tmp_path / "a.parquet", pa.array([], pa.string()))
+    other = write(tmp_path / "b.parquet", pa.array(WORDS))
+    assert pq.ParquetFile(empty).metadata.num_row_groups == 1
+    for files in ([empty], [empty, other]):
+        units, _ = divide([(str(path), path.name) for path in files], TEXT)
+        assert (expected_tokens(units, TEXT, TiktokenEncoder()) > 0) == (other in files)
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_a_row_group(tmp_path: Path) -> None:
     """Catches reading a whole row group (300 MB here) at once."""
@@ -290,6 +328,42 @@ def test_txt_whatever_the_units(tmp_path: Path, suffix: str, monkeypatch: pytest
         assert corpus_of(path) == split_text(text), f"seed {seed}, trial {trial}"
 
 
+def test_txt_becomes_the_same_tokens_whatever_the_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a cut inside a token, and a document that begins at a border where none does or the other way round."""
+    seed = random.randrange(10**6)
+    rng = random.Random(seed)
+    encoder = TiktokenEncoder()
+    path = tmp_path / "a.txt"
+    pieces = [*BLANKS, "\n", "\n", "\r\n", " ", "\n<|endoftext|>\n", "\n<|endoftext|>\r\n", "<|endoftext|>\n"]
+    pieces += [*"中文東京語한국어。、，！яж", "word", "12", "don't"] * 2
+    opened = 0
+    for trial in range(60):
+        text = "".join(rng.choices(pieces, k=rng.randrange(80)))
+        path.write_bytes(text.encode())
+        small(monkeypatch, unit=rng.randrange(1, 60), batch=rng.randrange(1, 60))
+        units, _ = divide([(str(path), "a.txt")], TEXT)
+        opened += sum(unit.opens for unit in units[1:])
+        tokens = [part.tokens for unit in units for part in encode_unit(unit, TEXT, encoder)]
+        whole = encoder.encode(Batch.of([part.encode() for part in split_text(text)]))
+        assert np.array_equal(np.concatenate([np.empty(0, np.uint16), *tokens]), whole), f"seed {seed}, trial {trial}"
+    assert opened > 10
+
+
+@pytest.mark.parametrize("end", ["。\n", "\u3000\n", "。<|endoftext|>\n", "\u3000\n<|endoftext|>\n"], ids=ascii)
+def test_txt_without_ascii_is_not_held_whole(tmp_path: Path, end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a Chinese text that one worker has to have in memory, for want of a place where it can be cut."""
+    text = ("中文文本没有空格" * 20 + end) * 1500
+    path = tmp_path / "a.txt"
+    path.write_text(text, newline="")
+    small(monkeypatch, unit=1 << 17, batch=1 << 14)
+    units, _ = divide([(str(path), "a.txt")], TEXT)
+    batches = [batch for unit in units for batch in read(unit, TEXT)]
+    assert documents(iter(batches)) == split_text(text)
+    if end != "\u3000\n":  # nowhere in this one can it be cut
+        assert len(units) > 3
+        assert max(len(batch.data) for batch in batches) < 1 << 16
+
+
 def test_txt_without_separators_is_one_document(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("  One.\n\nTwo.\n")
@@ -310,16 +384,32 @@ def test_a_text_can_be_cut_where_we_cut_it() -> None:
     """Catches a cut that changes tokens: in a word, in a contraction, in white space that is looked ahead from."""
     seed = random.randrange(10**6)
     rng = random.Random(seed)
-    encode = gpt2_encoding().encode_ordinary
-    alphabet = [*"abz019.,'\"-( \n\t\r", "'s", "'ll", "  ", "\xa0", "\u3000", "é", "東", "\x1f", "\x85", "🙂"]
-    for _ in range(3000):
-        text = "".join(rng.choices(alphabet, k=30))
+    # Here any two neighbours in a piece are a token, so that a border in another place always shows.
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    ranks |= {bytes([one, two]): len(ranks) + 256 * one + two for one in range(256) for two in range(256)}
+    pairs = tiktoken.Encoding("pairs", pat_str=gpt2_encoding()._pat_str, mergeable_ranks=ranks, special_tokens={})
+    alphabet = [*"abz019.,'\"-( \n\t\r", "'s", "'ll", "  ", *BLANKS, *"éßя東中文字。、，「」한٣½\u0301\x1f\u200b🙂"]
+    found = 0
+    for _ in range(1500):
+        text = "".join(rng.choices(alphabet, k=rng.randrange(2, 30)))
         raw = text.encode()
-        cut = last_cut(raw, 0, rng.randrange(len(raw)))
-        if cut > 0:
-            assert encode(raw[:cut].decode()) + encode(raw[cut:].decode()) == encode(text), (
-                f"seed {seed}: {text!r} at {cut}"
-            )
+        for cut in {last_cut(raw, 0, end) for end in range(len(raw) + 1)} - {-1}:
+            parts = raw[:cut].decode(), raw[cut:].decode()
+            for encode in (gpt2_encoding().encode_ordinary, pairs.encode_ordinary):
+                assert encode(parts[0]) + encode(parts[1]) == encode(text), f"seed {seed}: {text!r} at {cut}"
+            found += 1
+    assert found > 500
+
+
+def test_a_text_can_be_cut_after_anything_but_white_space() -> None:
+    """Catches: white space that we do not know and tiktoken does, and text in no alphabet of ours that is held whole
+    because it is never cut."""
+    blank = character_classes() == 3
+    for code in range(0x80, len(blank)):
+        if not 0xD800 <= code < 0xE000:
+            raw = f"{chr(code)}\n".encode()
+            assert (_CUT.search(raw) is None) == blank[code], f"{code:#x}"
+    assert set(BLANKS) == {chr(code) for code in np.flatnonzero(blank)} - set(" \t\n\r")
 
 
 def test_slices_keep_everything_and_stay_small() -> None:
@@ -349,6 +439,94 @@ def test_a_giant_document_without_a_place_to_cut_is_searched_once(
     units, _ = divide([(str(path), "a.txt")], TEXT)
     assert [(u.first, u.last) for u in units] == [(0, 40_000_000)]
     assert [len(batch[0]) for batch in read(units[0], TEXT)] == [40_000_000]
+
+
+# -------------------------------------------------------------------------------------- files that cannot be read now
+
+
+class Flaky(io.FileIO):
+    """A file of which one reading fails."""
+
+    def __init__(self, path: str, error: BaseException, good: int) -> None:
+        super().__init__(path)
+        self._error, self._good = error, good
+
+    def _count(self) -> None:
+        self._good -= 1
+        if self._good == -1:
+            raise self._error
+
+    def read(self, size: int | None = -1) -> bytes | None:
+        self._count()
+        return super().read(-1 if size is None else size)
+
+    def readinto(self, buffer: Any) -> int | None:
+        self._count()
+        return super().readinto(buffer)
+
+    def readline(self, size: int | None = -1) -> bytes:
+        self._count()
+        return super().readline(-1 if size is None else size)
+
+
+def flaky(monkeypatch: pytest.MonkeyPatch, error: BaseException, good: int) -> None:
+    corpus_parquet._held.__dict__.clear()
+    for module in (corpus_lines, corpus_parquet):
+        monkeypatch.setattr(module, "open_raw", lambda path, name: Flaky(path, error, good))
+
+
+PASSING = [
+    TimeoutError("no answer"),
+    OSError(errno.EIO, "Input/output error"),
+    OSError(errno.EMFILE, "Too many open files"),
+    PermissionError("Access Denied"),
+    ConnectionResetError("gone"),
+    pa.ArrowMemoryError("malloc of size 64 failed"),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz"])
+def test_what_cannot_be_read_now_is_not_left_out(
+    tmp_path: Path, suffix: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: a time-out taken for damaged data, so that it depends on the weather what is trained on; and an error
+    of the user's, which a cluster would not try again."""
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".parquet":
+        write(path, pa.array(WORDS * 20), row_group_size=40)
+    else:
+        pack(path, "\n".join(json.dumps({"text": word}) for word in WORDS * 20).encode())
+    right = corpus_of(path)
+    assert right
+    failed = 0
+    for good in range(30):
+        flaky(monkeypatch, error, good)
+        for reading in (SKIP, TEXT):
+            try:
+                assert corpus_of(path, reading) == right
+            except CannotReadNow as caught:
+                assert not isinstance(caught, UserError) and type(pickle.loads(pickle.dumps(caught))) is CannotReadNow
+                assert str(caught).startswith(f"a{suffix} cannot be read now ({type(error).__name__}"), caught
+                failed += 1
+    assert failed >= 2
+
+
+def test_a_stage_says_in_one_line_what_cannot_be_read_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches: a traceback, and "no answer" without the file's name."""
+    files = [write(tmp_path / "a.parquet", pa.array(WORDS * 300), row_group_size=300)]
+    runtime = {"tokenize_workers": 1, "tokenize_backend": "tiktoken"}
+    directory = tokenize_stage(tmp_path / "store", files, runtime=runtime, shard_tokens=100, on_bad_input="skip")
+    for error in (TimeoutError("no answer"), pa.ArrowMemoryError("no room")):
+        flaky(monkeypatch, error, 8)
+        with pytest.raises(SystemExit) as ended:
+            stage.main(tokenize, [str(directory.path)])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and said.count("\n") == 1, said
+        assert said.startswith("error: data/00000-a.parquet cannot be read now (") and str(error) in said
 
 
 # ------------------------------------------------------------------------------------------------------------- files

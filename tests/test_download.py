@@ -10,13 +10,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from hub_server import REVISION, Dataset, Fault, HubServer
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 
 from gpt2 import hub_download
 from gpt2.config import HubFiles, HubShards, LocalFiles, Runtime
@@ -25,7 +28,7 @@ from gpt2.errors import UserError
 from gpt2.manifest import DownloadFacts, Manifest, Request, read_model
 from gpt2.metrics import MetricsWriter, read_metrics
 from gpt2.plan import prepare
-from gpt2.retries import Patience
+from gpt2.retries import Patience, Retries
 from gpt2.sources import SHARD_FORMATS, TEXT_FORMATS, fetch, identify
 
 pytestmark = pytest.mark.slow  # faults take their time-outs
@@ -149,10 +152,24 @@ def test_stage_downloads_and_each_byte_is_on_disk_once(server: HubServer, tmp_pa
 
 def test_files_come_side_by_side(server: HubServer, tmp_path: Path) -> None:
     """Catches: download_workers without effect."""
-    server.chunk, server.seconds_per_chunk = 20_000, 0.02
-    get(source("sample/**"), tmp_path, workers=4)
+    server.chunk, server.seconds_per_chunk = 1_000, 0.2  # the smallest file takes 20 s, unless three come at once
+    over = threading.Event()
+
+    def hurry() -> None:
+        while server.most_in_flight < 3 and not over.wait(0.01):
+            pass
+        server.seconds_per_chunk = 0.0
+
+    watching = threading.Thread(target=hurry)
+    watching.start()
+    try:
+        get(source("sample/**"), tmp_path, workers=4)
+    finally:
+        over.set()
+        watching.join()
     assert server.most_in_flight >= 3
     server.most_in_flight = 0
+    server.chunk, server.seconds_per_chunk = 20_000, 0.02
     get(source("sample/**"), tmp_path / "one", workers=1)
     assert server.most_in_flight == 1
 
@@ -203,6 +220,31 @@ def test_waits_as_long_as_429_asks(server: HubServer, tmp_path: Path, headers: t
     get(source(), tmp_path)
     first, second = server.requests("a.parquet", host="storage")
     assert second.time - first.time >= 1.0
+
+
+class Waits(threading.Event):
+    """Notes how long it was to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout or 0.0)
+        return False
+
+
+def test_an_answer_that_asks_for_no_pause_gets_one(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches: Retry-After: 0 in place of the backoff, so that all tries are used up within three seconds."""
+    request = httpx.Request("GET", "https://hub/x")
+    for asked, least in (("0", 0.75 * 77), ("40", 11 * 40)):
+        response = httpx.Response(503, headers={"Retry-After": asked}, request=request)
+        waits = Waits()
+        retries = Retries("get x", Patience(tries=12, longest_wait=10.0), waits)
+        with pytest.raises(UserError, match="12 tries in a row"):
+            while True:
+                retries.failed(HfHubHTTPError("503", response=response), None)
+        assert len(waits.seconds) == 11 and sum(waits.seconds) >= least
 
 
 def test_a_server_without_ranges_is_started_over(server: HubServer, tmp_path: Path) -> None:
@@ -328,6 +370,11 @@ def test_killed_midway_it_goes_on_at_the_byte(server: HubServer, tmp_path: Path,
     process = subprocess.Popen([sys.executable, "-m", "gpt2.download", str(directory)], env=env)
     target = rng.uniform(0.55, 0.85) * sum(map(len, files.values()))
     while sum(seen.sent for seen in server.seen) < target:
+        assert process.poll() is None
+        time.sleep(0.005)
+    # What was sent may still be under way to the disk. Meanwhile the rest, a seventh at least, comes slowly.
+    server.seconds_per_chunk = 0.5
+    while not (list((directory / "data").glob("0*")) and list((directory / "data").glob(".*.part"))):
         assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -132,6 +132,16 @@ def test_urls_are_not_taken_for_paths(tmp_path: Path) -> None:
         identify(local("https://a.org/b.txt"), tmp_path)
 
 
+def test_a_path_may_have_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a name like local:x.txt taken for an address, and a traceback where there is no such file."""
+    monkeypatch.chdir(tmp_path)
+    settled(tmp_path / "local:x.txt", "text\n")
+    identity, hints = identify(local("local:x.txt"), tmp_path / "store")
+    assert fetch(identity, hints, tmp_path / "download" / "abc") == ["data/00000-local:x.txt"]
+    with pytest.raises(UserError, match=r"there is no file .*/local:y\.txt: correct the path"):
+        identify(local("local:y.txt"), tmp_path / "store")
+
+
 def test_shards_are_bin_files(corpus: Path, tmp_path: Path) -> None:
     """Catches: text adopted as token shards."""
     (corpus / "x_val_000000.bin").write_bytes(b"x")
