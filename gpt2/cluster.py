@@ -32,7 +32,7 @@ import fsspec  # type: ignore[import-untyped]
 import numpy as np
 
 from gpt2.config import TokenizeConfig
-from gpt2.corpus import Reading, Unit, divide
+from gpt2.corpus import CannotReadNow, Reading, Unit, divide
 from gpt2.encoder import Encoded, Encoder, encode_unit
 from gpt2.errors import UserError
 from gpt2.manifest import Skipped
@@ -59,7 +59,10 @@ def connect(address: str) -> Iterator[Any]:
     except ImportError:
         raise UserError("runtime.cluster needs Dask: pip install 'reproduce-gpt2[cluster]'") from None
     if address.startswith("local:"):
-        count = int(address.removeprefix("local:"))
+        number = address.removeprefix("local:")
+        if not number.isdecimal() or not int(number):
+            raise UserError(f"{address} is no cluster: write local:N for N processes here, or a scheduler's address")
+        count = int(number)
         with (
             distributed.LocalCluster(n_workers=count, threads_per_worker=1, dashboard_address=None) as cluster,
             distributed.Client(cluster) as client,
@@ -329,6 +332,6 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, CannotReadNow) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt2.corpus import Reading, Unit
+from gpt2.corpus import CannotReadNow, Reading, Unit
 from gpt2.encoder import Encoded, encode_unit
 from gpt2.errors import UserError
 from gpt2.manifest import Skipped
@@ -92,7 +92,7 @@ def serve(pipe: Connection, reading: Reading, backend: str) -> None:
                 pipe.send(("tokens", part.consumed, [entry.model_dump() for entry in part.skipped]))
                 pipe.send_bytes(part.tokens.data)
             answer: tuple[Any, ...] = ("end",)
-        except UserError as error:
+        except (UserError, CannotReadNow) as error:
             answer = ("bad", str(error))
         except Exception as error:
             answer = ("error", f"{type(error).__name__}: {error}")

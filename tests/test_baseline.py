@@ -83,6 +83,7 @@ def measured(config: RunConfig, name: str, store: Path) -> EvaluateFacts:
     return StageDir(directory).facts(EvaluateFacts)
 
 
+@pytest.mark.slow
 def test_a_local_folder_is_measured_as_transformers_would(tmp_path: Path, folder: Path) -> None:
     """Would catch: another shard, other windows, or weights that came over wrongly (transposed, another head)."""
     from transformers import GPT2LMHeadModel
@@ -144,6 +145,7 @@ def test_other_weights_have_another_address(tmp_path: Path, folder: Path) -> Non
         plan_baseline(config, "openai", tmp_path)
 
 
+@pytest.mark.slow
 def test_from_the_hub_it_is_the_same_model(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: models asked for at the addresses of data sets, and files whose hash nobody checked."""
     files = {name: (folder / name).read_bytes() for name in ("config.json", "model.safetensors")}

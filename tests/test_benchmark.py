@@ -169,6 +169,7 @@ def test_a_broken_file_is_named(tmp_path: Path, name: str, content: bytes, messa
     assert name in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason=f"{REAL} is not there")
 def test_the_real_hellaswag_is_whole() -> None:
     """Would catch: examples lost, or longer than GPT-2's context."""

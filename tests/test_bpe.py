@@ -134,6 +134,7 @@ def test_surrogates_are_judged_by_tiktoken_itself(judge: TiktokenEncoder) -> Non
     assert difference(Joined(gpt2_encoding()), judge, ["fine", "a\ud800b"]) == "a\ud800b"
 
 
+@pytest.mark.slow
 def test_every_code_point_has_tiktokens_class(judge: TiktokenEncoder) -> None:
     """With GPT-2's own vocabulary a wrong class rarely shows in the ids. Here "x", "9" and "." merge with every first
     byte, so that whether a character joins a letter, a number or neither always shows."""
@@ -368,6 +369,7 @@ def test_threads_that_compile_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found == ["CDLL"] * 3 and (tmp_path / "runs").read_text() == "\n"
 
 
+@pytest.mark.slow
 def test_compiled_once_and_again_when_the_source_changes(tmp_path: Path) -> None:
     code = "import sys; from pathlib import Path; import gpt2.bpe as b; b.SOURCE = Path(sys.argv[1]); b.library()"
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}

@@ -16,7 +16,7 @@ import pytest
 from corpus_stages import expected
 
 from gpt2 import cluster as module
-from gpt2.cluster import encoded_on, expand, tokenize_to
+from gpt2.cluster import connect, encoded_on, expand, tokenize_to
 from gpt2.config import TokenizeConfig
 from gpt2.corpus import Reading, Unit
 from gpt2.errors import UserError
@@ -278,3 +278,10 @@ def test_space(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> N
     free.update(out=10**9, scratch=1000)
     with pytest.raises(UserError, match=rf"up to {AT_ONCE + 1} shards, .* MB are free there: set TMPDIR"):
         tokenize_to(Client(), [str(file)], f"file://{tmp_path}/out", CONFIG, "text")
+
+
+@pytest.mark.parametrize("address", ["local:x", "local:", "local:0"])
+def test_a_local_cluster_needs_a_number(address: str) -> None:
+    """Bug: a traceback about int()."""
+    with pytest.raises(UserError, match=f"{address} is no cluster"), connect(address):
+        pass

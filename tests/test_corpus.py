@@ -429,6 +429,7 @@ def test_slices_keep_everything_and_stay_small() -> None:
                 assert len(part) == 1 and last_cut(part[0], 0, 20) < 0
 
 
+@pytest.mark.slow
 def test_a_giant_document_without_a_place_to_cut_is_searched_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

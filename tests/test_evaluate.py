@@ -92,6 +92,7 @@ def words_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(continuation, "_begins_word", lambda: np.ones(1 << 16, bool))
 
 
+@pytest.mark.slow
 def test_the_stage_measures_and_says_what_it_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Would catch: figures of other tokens than asked for, a short validation shard that nobody hears of, and a
     benchmark that is left out in silence."""
@@ -112,6 +113,7 @@ def test_the_stage_measures_and_says_what_it_used(tmp_path: Path, capsys: pytest
     assert last["done"] == last["total"]
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_kept(tmp_path: Path) -> None:
     """Would catch: an evaluation of hours that starts from nothing after a kill, or that takes over a figure of
     another precision."""

@@ -185,6 +185,7 @@ def test_mlflow_serves_it(registered: Registered, model: GPT, tmp_path: Path) ->
         server.wait(30)
 
 
+@pytest.mark.slow
 def test_the_requirements_are_what_sampling_imports() -> None:
     """A module that sampling comes to need and the served model's environment lacks: everything else is taken away."""
     script = f"""

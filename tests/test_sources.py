@@ -160,6 +160,7 @@ def test_hub_sources_are_identified_without_a_network(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_installed_docs_follow_the_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: the corpus of one environment cached for another; a corpus other than the one planned."""
     identity, hints = identify(InstalledDocs(max_bytes=30_000), tmp_path)

@@ -125,6 +125,7 @@ def test_a_stream_that_ends_with_a_shard(tmp_path: Path, tokens: int) -> None:
     assert [shard.tokens for shard in facts(stage).shards] == [tokens] * 3
 
 
+@pytest.mark.slow
 def test_the_same_bytes_for_any_number_of_workers_and_kind_of_file(tmp_path: Path, little_units: None) -> None:
     """Catches tokens written in the order in which workers finish, and readers that differ."""
     rows = [text for text in texts(400) if text]

@@ -60,6 +60,7 @@ def plain_run(directory: Path) -> tuple[GPT, list[float]]:
     return model, losses
 
 
+@pytest.mark.slow
 def test_training_is_the_plain_loop(finished: Path) -> None:
     """Bugs: gradients accumulated with a wrong weight, clipped too early, a learning rate one step off."""
     model, losses = plain_run(finished)
