@@ -73,15 +73,15 @@ def reproduce(
     with Tracking(mirror, busy=busy):
         corpus = download(steps.download, how)
         independent = [name for name, request in steps.benchmarks.items() if not request.inputs]
-        made, skipped = make_benchmarks(
-            config, steps, how, independent
-        )  # first: what cannot be had is better known early
+        # first: what cannot be had is better known early
+        made, skipped = make_benchmarks(config, steps, how, independent)
         shards = tokenize(steps.tokenize, how, corpus)
         dependent = [name for name in steps.benchmarks if name not in independent]
         more, skipped_more = make_benchmarks(config, steps, how, dependent, shards)
-        if skipped | skipped_more:
-            mirror.plan = steps = plan(config, how.store, skipped | skipped_more)
         made |= more
+        skipped |= skipped_more
+        if skipped:
+            mirror.plan = steps = plan(config, how.store, skipped)
         scored_in_training = [made[config.train.benchmark]] if config.train.benchmark else []
         model = train(steps.train, how, shards, *scored_in_training)
         scores = evaluate(steps.evaluate, how, model, shards, *made.values())
@@ -91,7 +91,7 @@ def reproduce(
                 judged = [harness(steps.harness, how, model)]
             except StageFailed as error:
                 get_run_logger().warning("lm-evaluation-harness is left out: %s", error)
-                mirror.plan = steps = plan(config, how.store, skipped | skipped_more, str(error))
+                mirror.plan = steps = plan(config, how.store, skipped, str(error))
         page = report(steps.report, how, shards, model, scores, *judged)
     _register(config, steps, how, mirror)
     _show_report(config, how.store / steps.report.address, mirror)

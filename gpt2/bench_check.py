@@ -16,6 +16,7 @@ from gpt2.config import ModelConfig, Runtime, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.job import build, fresh
+from gpt2.loader import places
 from gpt2.memory import choose, free_bytes, settle_micro_batch
 from gpt2.optim import learning_rate
 from gpt2.shards import open_shard
@@ -42,8 +43,6 @@ class Loop:
     def __init__(self, config: TrainConfig, runtime: Runtime, world: World) -> None:
         self.config, self.world = config, world
         self.runtime, _ = choose(config, runtime, world, free_bytes(world))
-        if self.runtime.compile and runtime.kernels == "reference" and runtime.compile == "auto":
-            self.runtime = self.runtime.model_copy(update={"compile": False})
         self.parallel, self.loss = build(config, self.runtime, world)
         self.runtime = settle_micro_batch(config, self.runtime, runtime, world, self.parallel, self.loss)
         self.parallel.restore(fresh(config).tensors if world.is_main else {})
@@ -55,12 +54,12 @@ class Loop:
             summed: False leaves out the sum of the gradients over the processes, to see what time it takes.
         """
         world, sequences = self.world, len(batch[0])
-        mine = slice(world.rank * sequences // world.size, (world.rank + 1) * sequences // world.size)
         micro = self.runtime.micro_batch_size
         assert isinstance(micro, int)
-        parts = list(zip(*(part[mine].split(micro) for part in batch), strict=True))
+        parts = places(sequences, world.size, micro, world.rank)
         total = torch.zeros((), device=world.device)
-        for i, (idx, targets) in enumerate(parts, start=1):
+        for i, part in enumerate(parts, start=1):
+            idx, targets = (tokens[part] for tokens in batch)
             share = self.loss(idx, targets) * (len(idx) / sequences)
             self.parallel.backward(share, last=summed and i == len(parts))
             total += share.detach()

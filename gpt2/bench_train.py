@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load(arguments.size, overrides).train
     runtime = Runtime(
         kernels=arguments.kernels,
-        compile=True if arguments.compile else "auto",
+        compile=arguments.compile or ("auto" if arguments.kernels == "auto" else False),
         sharding=arguments.sharding,
         micro_batch_size=arguments.micro_batch_size or "auto",
     )

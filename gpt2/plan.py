@@ -139,9 +139,10 @@ def harness_request(config: HarnessConfig, train: Request, store: Path) -> Reque
         ) from None
     section, hints = config.model_dump(mode="json") | {"version": version}, {}
     if config.data:
-        paths = sorted({str(Path(path).expanduser().absolute()) for path in config.data.values()})
+        places = {task: str(Path(path).expanduser().absolute()) for task, path in config.data.items()}
+        paths = sorted(set(places.values()))
         section["source"], hints["source"] = identify(LocalFiles(paths=tuple(paths)), store, HARNESS_FORMATS)
-        section["data"] = {task: paths.index(str(Path(p).expanduser().absolute())) for task, p in config.data.items()}
+        section["data"] = {task: paths.index(place) for task, place in places.items()}
     return _request("harness", section, {"model": train.address}, hints)
 
 

@@ -32,8 +32,9 @@ TEXT_FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SHARD_FORMATS = (".bin",)
 MODEL_FORMATS = (".json", ".safetensors", "pytorch_model.bin")
 BENCHMARK_FORMATS = (*TEXT_FORMATS, ".yaml", ".csv", ".tokens")
-HARNESS_FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 """what benchmarks are made of: texts, and for CORE the list of its tasks"""
+HARNESS_FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+"""of which lm-evaluation-harness takes a task's examples"""
 
 
 def identify(
