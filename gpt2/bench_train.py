@@ -30,6 +30,7 @@ from gpt2.errors import UserError
 from gpt2.fast import FastGPT
 from gpt2.flops import mfu
 from gpt2.job import device_name
+from gpt2.machine import keep_compiled
 from gpt2.recipe import load
 
 LLMC = {"124m": 545_700, "350m": 200_400}
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         sharding=arguments.sharding,
         micro_batch_size=arguments.micro_batch_size or "auto",
     )
+    keep_compiled(runtime.store)
     world = from_env()
     show = print_figures if world.is_main else lambda figures: None
     figures: dict[str, float] = {}

@@ -130,7 +130,7 @@ class FastGPT(nn.Module):
 
     @torch.no_grad()
     def hidden(self, idx: Tensor) -> Tensor:
-        """Hidden states after the last LayerNorm, (B, T) -> (B, T, C); stands in for `GPT.hidden` in scoring."""
+        """Hidden states after the last LayerNorm, (B, T) -> (B, T, C)."""
         self._prepare(idx)
         x = embedding.forward(idx, self.wte, self.wpe, self.dtype)
         for w in self._blocks:
@@ -140,7 +140,7 @@ class FastGPT(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Losses (B, T) fp32 in nats, 0 where the target is -1."""
+        """Losses (B, T) fp32 in nats, 0 where the target is -1; stands in for `scoring.token_losses`."""
         h, flat = self.hidden(idx).flatten(0, 1), targets.flatten()
         losses = [
             cross_entropy.losses(self.engine.linear.forward(part, self.wte_copy), wanted, self.config.vocab_size)

@@ -15,6 +15,9 @@ from torch import Tensor
 from gpt2.errors import UserError
 from gpt2.kv_cache import CachedReader
 from gpt2.model import GPT
+from gpt2.recorded import RecordedSteps
+
+F64 = torch.float64
 
 
 @dataclass(frozen=True)
@@ -138,31 +141,46 @@ class Generation:
         self.windows = [list(prompt[-self.block_size :]) for prompt in prompts]
         self.ended = [False] * len(prompts)
         # one generator a row, on the CPU: a row's text depends neither on its neighbours nor on the device's generator
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        dice = [torch.rand(n_tokens, generator=torch.Generator().manual_seed(seed), dtype=F64) for seed in seeds]
+        self.dice = torch.stack(dice, dim=1) if dice else torch.empty(n_tokens, 0, dtype=F64)  # (n_tokens, R)
         capacity = min(self.block_size, max(map(len, self.windows), default=1) + n_tokens)
-        self.reader: Reader = (
-            CachedReader(model, len(prompts), capacity, cuda_graph=cuda_graph)
-            if cache
-            else RecomputingReader(model, len(prompts))
-        )
+        self.reader: Reader
+        self.recorded: RecordedSteps | None = None
+        if cache:
+            self.reader = CachedReader(model, len(prompts), capacity)
+            if cuda_graph and self.reader.wte.is_cuda:
+                self.recorded = RecordedSteps(self.reader, choice.pick, self.dice)
+        else:
+            self.reader = RecomputingReader(model, len(prompts))
 
     def __iter__(self) -> Iterator[list[int | None]]:
         if self.n_tokens < 1 or not self.windows:
             return
-        logits = self.reader.read(range(len(self.windows)), self.windows)  # (R, V)
-        for remaining in reversed(range(self.n_tokens)):
-            u = torch.tensor([torch.rand((), generator=g, dtype=torch.float64) for g in self.generators])
-            chosen = self.choice.pick(logits, u.to(logits.device)).tolist()
+        chosen = self._pick(self.reader.read(range(len(self.windows)), self.windows), 0)
+        for turn in range(1, self.n_tokens + 1):
             yield [None if ended else token for token, ended in zip(chosen, self.ended, strict=True)]
             self.ended = [ended or token in self.stop for token, ended in zip(chosen, self.ended, strict=True)]
-            if all(self.ended) or not remaining:
+            if all(self.ended) or turn == self.n_tokens:
                 return
-            logits = self._advance(chosen)
+            positions, full = self._append(chosen)
+            if self.recorded is not None and not full:
+                chosen = self.recorded.after(chosen, positions, turn)
+            else:
+                chosen = self._pick(self._read(chosen, positions, full), turn)
 
-    def _advance(self, tokens: list[int]) -> Tensor:
-        """Read one more token for each row that goes on; (R, V) logits, of no meaning for rows that have ended."""
+    def _pick(self, logits: Tensor, turn: int) -> list[int]:
+        found: list[int] = self.choice.pick(logits, self.dice[turn].to(logits.device)).tolist()
+        return found
+
+    def _append(self, tokens: list[int]) -> tuple[list[int], list[int]]:
+        """Put a token at the end of each window that goes on.
+
+        Returns:
+            where each row's token stands, 0 where nobody will look at it: in rows that have ended or were full; and the
+            rows that were full, whose windows have lost their older half.
+        """
         full = []
-        positions = [0] * len(tokens)  # where an ended or a full row's token is put; nobody looks at it again
+        positions = [0] * len(tokens)
         for row, (window, token) in enumerate(zip(self.windows, tokens, strict=True)):
             if self.ended[row]:
                 continue
@@ -172,6 +190,10 @@ class Generation:
                 full.append(row)
             else:
                 positions[row] = len(window) - 1
+        return positions, full
+
+    def _read(self, tokens: list[int], positions: list[int], full: list[int]) -> Tensor:
+        """Read what `_append` appended; (R, V) logits, of no meaning for rows that have ended."""
         if full and len(full) == len(tokens):
             return self.reader.read(full, self.windows)
         logits = self.reader.step(tokens, positions)

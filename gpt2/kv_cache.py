@@ -17,6 +17,28 @@ from gpt2.model import GPT, LAYER_NORM_EPS
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
+def read_at(model: GPT, idx: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    """GPT-2's blocks over idx (R, T) at positions that broadcast to it; (R, T, C) after the last LayerNorm.
+
+    Args:
+        attend: (layer, q, k, v), each (R, nh, T, hs) -> (R, nh, T, hs).
+    """
+    R, T = idx.shape
+    nh, C = model.config.n_head, model.config.n_embd
+    t, wte = model.transformer, model.transformer.wte.weight
+    x = F.embedding(idx, wte) + t.wpe.weight[positions].to(wte.dtype)  # (R, T, C)
+    for layer, block in enumerate(model.blocks):
+        q, k, v = _linear(_norm(x, block.ln_1), block.attn.c_attn).split(C, dim=-1)
+        q = q.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
+        k = k.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
+        v = v.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
+        y = attend(layer, q, k, v).transpose(1, 2).reshape(R, T, C)  # (R, T, C)
+        x = x + _linear(y, block.attn.c_proj)
+        h = F.gelu(_linear(_norm(x, block.ln_2), block.mlp.c_fc), approximate="tanh")  # (R, T, 4C)
+        x = x + _linear(h, block.mlp.c_proj)
+    return _norm(x, t.ln_f)
+
+
 class CachedReader:
     """Reads token windows, one a row, and says what may come next.
 
@@ -24,18 +46,15 @@ class CachedReader:
     at 1,024 tokens in fp32 of keys and as much of values.
     """
 
-    def __init__(self, model: GPT, rows: int, capacity: int, *, cuda_graph: bool = False) -> None:
+    def __init__(self, model: GPT, rows: int, capacity: int) -> None:
         """
         Args:
             model: its weights are read in place; nothing of it is changed.
             rows: windows read side by side.
             capacity: positions kept, at most the model's block_size.
-            cuda_graph: record one step and replay it: on a GPU a step of one token is otherwise bound by the time
-                that launching its kernels takes. Ignored on a CPU.
         """
         self.config = model.config
-        self.transformer, self.blocks = model.transformer, model.blocks
-        self.wte = model.transformer.wte.weight
+        self.model, self.wte = model, model.transformer.wte.weight
         self.rows = rows
         self.capacity = capacity
         nh, hs = self.config.n_head, self.config.n_embd // self.config.n_head
@@ -45,7 +64,6 @@ class CachedReader:
         )  # zeros, not empty: a NaN left in memory would pass through a masked softmax as 0 * NaN
         self.k = [new(shape) for _ in range(self.config.n_layer)]
         self.v = [new(shape) for _ in range(self.config.n_layer)]
-        self._graph = _StepGraph(self) if cuda_graph and self.wte.is_cuda else None
 
     @torch.no_grad()
     def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
@@ -69,7 +87,7 @@ class CachedReader:
             self.v[layer][at, :, :T] = v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        x = self._forward(idx.to(device), torch.arange(T, device=device), attend)  # (R, T, C)
+        x = read_at(self.model, idx.to(device), torch.arange(T, device=device), attend)  # (R, T, C)
         last = torch.tensor([len(window) - 1 for window in windows], device=device)
         return self._logits(x[torch.arange(len(windows), device=device), last])
 
@@ -78,11 +96,9 @@ class CachedReader:
         """Read one token a row at its position; everything before that position must have been read.
 
         Returns:
-            (rows, vocab_size) fp32 logits of the next tokens. Valid until the next call.
+            (rows, vocab_size) fp32 logits of the next tokens.
         """
         device = self.wte.device
-        if self._graph is not None:
-            return self._graph.replay(tokens, positions)
         idx = torch.tensor(tokens, device=device).view(self.rows, 1)
         S = max(positions) + 1
         if min(positions) + 1 == S:  # all rows equally long: no mask, and a plain slice to write to
@@ -92,85 +108,48 @@ class CachedReader:
                 self.v[layer][:, :, S - 1] = v[:, :, 0]
                 return attend_one(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], None)
 
-            x = self._forward(idx, torch.tensor([S - 1], device=device), attend)
+            x = read_at(self.model, idx, torch.tensor([S - 1], device=device), attend)
             return self._logits(x[:, 0])
-        return self._masked_step(idx, torch.tensor(positions, device=device), S)
+        return self.masked_step(idx, torch.tensor(positions, device=device), S)
 
-    def _masked_step(self, idx: Tensor, positions: Tensor, S: int) -> Tensor:
-        """One token a row, (rows, 1), at positions (rows,) of their own; keys beyond a row's position are masked."""
-        at = torch.arange(self.rows, device=idx.device)
-        mask = torch.arange(S, device=idx.device) <= positions.view(-1, 1, 1, 1)  # (rows, 1, 1, S)
+    @torch.no_grad()
+    def masked_step(self, idx: Tensor, positions: Tensor, S: int) -> Tensor:
+        """One token a row, (rows, 1), at positions (rows,) of their own, all below S; (rows, vocab_size) logits. Keys
+        beyond a row's position are masked. Never waits for the device."""
+        nh, hs = self.k[0].size(1), self.k[0].size(3)
+        beyond = torch.arange(S, device=idx.device) > positions.view(-1, 1, 1, 1)  # (rows, 1, 1, S)
+        mask = self.wte.new_zeros(self.rows, nh, 1, S).masked_fill_(beyond, -torch.inf)
+        where = positions.view(-1, 1, 1, 1).expand(self.rows, nh, 1, hs)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer][at, :, positions] = k[:, :, 0]
-            self.v[layer][at, :, positions] = v[:, :, 0]
+            self.k[layer].scatter_(2, where, k)
+            self.v[layer].scatter_(2, where, v)
             return attend_one(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], mask)
 
-        return self._logits(self._forward(idx, positions.view(-1, 1), attend)[:, 0])
-
-    def _forward(self, idx: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """GPT-2's blocks over idx (R, T) at positions that broadcast to it; (R, T, C) after the last LayerNorm."""
-        R, T = idx.shape
-        nh, C = self.config.n_head, self.config.n_embd
-        t = self.transformer
-        x = F.embedding(idx, self.wte) + t.wpe.weight[positions].to(self.wte.dtype)  # (R, T, C)
-        for layer, block in enumerate(self.blocks):
-            q, k, v = _linear(_norm(x, block.ln_1), block.attn.c_attn).split(C, dim=-1)
-            q = q.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
-            k = k.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
-            v = v.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
-            y = attend(layer, q, k, v).transpose(1, 2).reshape(R, T, C)  # (R, T, C)
-            x = x + _linear(y, block.attn.c_proj)
-            h = F.gelu(_linear(_norm(x, block.ln_2), block.mlp.c_fc), approximate="tanh")  # (R, T, 4C)
-            x = x + _linear(h, block.mlp.c_proj)
-        return _norm(x, t.ln_f)
+        return self._logits(read_at(self.model, idx, positions.view(-1, 1), attend)[:, 0])
 
     def _logits(self, x: Tensor) -> Tensor:
         """(R, C) -> (R, vocab_size) in fp32: the padded rows of wte are no tokens."""
         return F.linear(x, self.wte[: self.config.vocab_size]).float()
 
 
-class _StepGraph:
-    """One masked step over the whole capacity, recorded once as a CUDA graph and replayed with new inputs."""
-
-    def __init__(self, reader: CachedReader) -> None:
-        device = reader.wte.device
-        self.idx = torch.zeros(reader.rows, 1, dtype=torch.long, device=device)
-        self.positions = torch.zeros(reader.rows, dtype=torch.long, device=device)
-
-        def step() -> Tensor:
-            return reader._masked_step(self.idx, self.positions, reader.capacity)
-
-        with torch.no_grad():
-            side = torch.cuda.Stream(device)
-            side.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(side):  # libraries set up their handles and workspaces before the recording
-                for _ in range(3):
-                    step()
-            torch.cuda.current_stream(device).wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.logits = step()
-
-    def replay(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        self.idx.copy_(torch.tensor(tokens).view(-1, 1))
-        self.positions.copy_(torch.tensor(positions))
-        self.graph.replay()
-        return self.logits
-
-
 def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query a row and head: q (R, nh, 1, hs), k and v (R, nh, S, hs), mask (R, 1, 1, S) or None.
+    """Attention of one query a row and head: q (R, nh, 1, hs), k and v (R, nh, S, hs), mask (R, nh, 1, S) of zeros and
+    -inf, or None.
 
     On a GPU in fp32 as two batched products: torch's kernel for that case gives a head's whole cache to one thread
     block, 1.41 against 0.19 ms for the 12 layers of GPT-2 124M at 1,024 positions on a H100 (torch 2.11).
     """
     if not (q.is_cuda and q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    scores = (q @ k.transpose(-1, -2)) * q.size(-1) ** -0.5  # (R, nh, 1, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return scores.softmax(-1) @ v
+    R, nh, S, hs = k.shape
+    keys, values = k.view(R * nh, S, hs), v.view(R * nh, S, hs)
+    query, scale = q.reshape(R * nh, 1, hs), hs**-0.5
+    if mask is None:
+        scores = torch.bmm(query, keys.transpose(1, 2)) * scale  # (R nh, 1, S)
+    else:
+        scores = torch.baddbmm(mask.view(R * nh, 1, S), query, keys.transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), values).view(R, nh, 1, hs)
 
 
 def _linear(x: Tensor, module: nn.Linear) -> Tensor:

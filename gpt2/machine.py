@@ -35,7 +35,11 @@ def gpu_names() -> tuple[str, ...]:
 
 
 def keep_compiled(store: Path) -> None:
-    """Have Triton and torch.compile keep what they compile beside the stages, so that the next start compiles nothing,
-    in a new container too. A place that the user has set stands."""
-    for variable, name in (("TRITON_CACHE_DIR", "triton"), ("TORCHINDUCTOR_CACHE_DIR", "inductor")):
+    """Have Triton and torch.compile keep what they compile beside the stages, and the kernels what they measured, so
+    that the next start does neither, in a new container too. A place that the user has set stands."""
+    for variable, name in (
+        ("TRITON_CACHE_DIR", "triton"),
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("GPT2_CHOICES", "choices"),  # gpt2.kernels.choices.FOLDER; no torch here
+    ):
         os.environ.setdefault(variable, str((store / ".compiled" / name).absolute()))

@@ -14,10 +14,11 @@ from pydantic import Field
 from gpt2.config import Runtime
 from gpt2.distributed import World
 from gpt2.examples import Examples, load
+from gpt2.fast import accelerate
 from gpt2.manifest import Score, read_model, write_model
 from gpt2.model import GPT
 from gpt2.multiple_choice import Sums, picks, score, sequence_sums
-from gpt2.scoring import OnTokens
+from gpt2.scoring import OnTokens, TokenLosses
 from gpt2.source_config import Section
 from gpt2.validation import val_loss
 
@@ -90,11 +91,24 @@ class Measurement:
         def work() -> Validation:
             micro_batch_size = max(1, self.how.batch_tokens // self.model.config.block_size)
             found = val_loss(
-                self.model, shards, tokens, micro_batch_size, self.world, self.how.precision, on_tokens=self.on_tokens
+                self.model,
+                shards,
+                tokens,
+                micro_batch_size,
+                self.world,
+                self.how.precision,
+                losses_of=self._fast(),
+                on_tokens=self.on_tokens,
             )
             return Validation(val_loss=found.loss, val_tokens=found.tokens)
 
         return self._once("validation", Validation, work)
+
+    def _fast(self) -> TokenLosses | None:
+        """The training's own kernels, where they know the precision that was asked for."""
+        if self.how.precision != "bf16":
+            return None
+        return getattr(accelerate(self.model, Runtime(precision="bf16"), self.world.device), "token_losses", None)
 
     def benchmark(self, name: str, directory: Path) -> Result:
         """The figures and choices of the benchmark prepared in `directory`."""

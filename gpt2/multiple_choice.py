@@ -15,8 +15,9 @@ from gpt2.distributed import World
 from gpt2.examples import Examples, Part, load
 from gpt2.manifest import Score
 from gpt2.model import GPT
-from gpt2.packing import Segments, batches, cut, padded, windows
-from gpt2.scoring import Hidden, OnTokens, autocast, chosen_losses
+from gpt2.packing import Rows, Segments, batches, cut, join, windows
+from gpt2.scoring import OnTokens, autocast, chosen_losses
+from gpt2.shared_prefix import hidden, lay_out
 
 
 @dataclass(frozen=True)
@@ -45,20 +46,18 @@ def score_benchmark(
     world: World,
     batch_tokens: int = 16_384,
     precision: str = "fp32",
-    hidden: Hidden | None = None,
 ) -> Score:
     """Score the benchmark prepared in `directory`. Every process must call it, and each gets the same result.
 
     Args:
         batch_tokens: input tokens that go through the model at a time, padding included.
         precision: "fp32", or "bf16" for matrix products in bfloat16.
-        hidden: a faster stand-in for `model.hidden`; it sees many different (B, T).
 
     Raises:
         UserError: nothing is prepared there, or it is damaged.
     """
     examples = load(directory)
-    return score(examples, sequence_sums(model, examples, world, batch_tokens, precision, hidden))
+    return score(examples, sequence_sums(model, examples, world, batch_tokens, precision))
 
 
 def sequence_sums(
@@ -67,7 +66,6 @@ def sequence_sums(
     world: World,
     batch_tokens: int = 16_384,
     precision: str = "fp32",
-    hidden: Hidden | None = None,
     on_tokens: OnTokens | None = None,
 ) -> Sums:
     """Sum of the losses of each sequence's scored end; arguments as of `score_benchmark`.
@@ -75,30 +73,26 @@ def sequence_sums(
     Batches are divided without regard to the number of processes and dealt out whole, and every sum comes from one
     process alone, so the result does not depend on that number.
     """
-    segments, was_cut, need_greedy = _segments(examples, model.config.block_size)
+    context = model.config.block_size
+    segments, groups, was_cut, need_greedy = _segments(examples, context)
+    rows = join(examples.tokens, segments, groups, context)
     losses = torch.zeros(len(segments.end), dtype=torch.float64)
     greedy = torch.zeros(len(segments.end), dtype=torch.float64)
-    tokens = torch.from_numpy(examples.tokens.astype(np.int64))
     was_training = model.training
     model.eval()
-    for rows in batches(segments, batch_tokens, model.config.block_size)[world.rank :: world.size]:
-        batch = Segments(*(column[rows] for column in segments))
-        idx, positions, targets = _batch(tokens, batch, model.config.block_size)
+    for some in batches(rows.width, batch_tokens, context)[world.rank :: world.size]:
+        batch = lay_out(examples.tokens, segments, Rows(*(column[some] for column in rows)), context)
+        owner = torch.from_numpy(batch.segment)
+        there = batch.to(world.device)
         with autocast(world.device, precision):
             loss, likeliest = chosen_losses(
-                model,
-                idx.to(world.device),
-                positions.to(world.device),
-                targets.to(world.device),
-                greedy=bool(need_greedy[rows].any()),
-                hidden=hidden,
+                model, hidden(model, there), there.chosen, there.targets, greedy=bool(need_greedy[batch.segment].any())
             )
-        owner = torch.from_numpy(np.repeat(rows, batch.scored))  # which segment each scored token belongs to
         losses.index_add_(0, owner, loss.double().cpu())
         if likeliest is not None:
             greedy.index_add_(0, owner, likeliest.double().cpu())
         if on_tokens is not None:
-            on_tokens(int(batch.inputs().sum()))
+            on_tokens(int(segments.inputs()[np.unique(batch.segment)].sum()))
     model.train(was_training)
     sums = world.all_reduce(torch.stack([losses, greedy]).to(world.device)).cpu().numpy()
     rows_in_all = len(examples.scored)
@@ -111,9 +105,13 @@ def sequence_sums(
     )
 
 
-def _segments(examples: Examples, context: int) -> tuple[Segments, NDArray[np.bool_], NDArray[np.bool_]]:
-    """What goes through the model; which sequences (R,) were cut; for which segments (S,) greedy tokens matter."""
+def _segments(
+    examples: Examples, context: int
+) -> tuple[Segments, NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]:
+    """What goes through the model; a number (S,) that alternatives have in common; which sequences (R,) were cut; for
+    which segments (S,) greedy tokens matter."""
     pieces, was_cut, need_greedy = [], np.zeros(len(examples.scored), bool), []
+    groups: list[NDArray[np.int64]] = []
     for part, among in examples.parts():
         first, last = examples.groups[among.start], examples.groups[among.stop]
         starts, scored = examples.starts[first : last + 1], examples.scored[first:last]
@@ -124,28 +122,17 @@ def _segments(examples: Examples, context: int) -> tuple[Segments, NDArray[np.bo
             length = context - 1 if examples.description.kind == "core" else context
             piece, was_cut[first:last] = cut(starts, scored, length)
         pieces.append(piece._replace(sequence=piece.sequence + first))
+        if part.form == "choice":
+            groups.append(np.searchsorted(examples.groups, pieces[-1].sequence, side="right") - 1)
+        else:  # each alone
+            groups.append(-1 - sum(map(len, groups)) - np.arange(len(piece.end)))
         need_greedy.append(np.full(len(piece.end), part.form == "last_word"))
     return (
         Segments(*(np.concatenate(columns) for columns in zip(*pieces, strict=True))),
+        np.concatenate(groups),
         was_cut,
         np.concatenate(need_greedy),
     )
-
-
-def _batch(tokens: torch.Tensor, batch: Segments, context: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Inputs (B, T) with padding on the right, which a causal model does not see; scored positions and targets (N,)."""
-    inputs = batch.inputs()
-    width = padded(int(inputs.max()), context)
-    idx = torch.zeros(len(inputs), width, dtype=torch.int64)
-    positions, targets = [], []
-    for row, (begin, end, count) in enumerate(
-        zip(batch.begin.tolist(), batch.end.tolist(), batch.scored.tolist(), strict=True)
-    ):
-        length = end - begin - 1
-        idx[row, :length] = tokens[begin : end - 1]
-        positions.append(torch.arange(row * width + length - count, row * width + length))
-        targets.append(tokens[end - count : end])
-    return idx, torch.cat(positions), torch.cat(targets)
 
 
 # ----------------------------------------------------------------------------------------------- from sums to figures

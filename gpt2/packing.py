@@ -1,7 +1,9 @@
-"""Which tokens go through the model together: sequences cut to the context length, in batches of about one length."""
+"""Which tokens go through the model together: sequences cut to the context length, those that begin alike in one row,
+rows in batches of about one width."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -59,30 +61,68 @@ def windows(starts: NDArray[np.int64], scored: NDArray[np.integer], context: int
     return Segments(*columns)
 
 
-def batches(segments: Segments, tokens: int, context: int) -> list[NDArray[np.int64]]:
-    """Indices of segments that go through the model together, longest first, so that too large a batch fails at once.
+class Rows(NamedTuple):
+    """U rows for the model: each one segment, or several whose common beginning stands there once."""
 
-    A batch has at most `tokens` input tokens, padding included, and at least one segment. The division depends on
-    nothing else, so it is the same on any number of processes.
+    first: NDArray[np.int64]  # (U,) the row's first segment
+    alternatives: NDArray[np.int64]  # (U,) how many segments, which follow one another
+    shared: NDArray[np.int64]  # (U,) input tokens with which all of them begin, 0 for a single one
+    width: NDArray[np.int64]  # (U,) input tokens of the row
+
+
+def join(tokens: NDArray[np.uint16], segments: Segments, groups: NDArray[np.int64], context: int) -> Rows:
+    """Put the alternatives of an example into one row where that spares work.
+
+    They are if their row is no longer than the context, or if they share half of the longest of them or more: attention
+    in a row grows with the square of its width.
+
+    Args:
+        tokens: (N,) that the segments lie in.
+        groups: (S,) segments that follow one another and have the same number are alternatives.
     """
     inputs = segments.inputs()
-    order = np.lexsort((np.arange(len(inputs)), -inputs))
+    bounds = [0, *(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(groups)]
+    rows: list[tuple[int, int, int, int]] = []
+    for first, last in pairwise(bounds):
+        lengths = inputs[first:last]
+        pieces = [tokens[segments.begin[i] : segments.end[i] - 1] for i in range(first, last)]
+        shared = min((_common(pieces[0], piece) for piece in pieces[1:]), default=0)
+        width = shared + int((lengths - shared).sum())
+        if shared and (width <= context or 2 * shared >= lengths.max()):
+            rows.append((first, last - first, shared, width))
+        else:
+            rows += [(i, 1, 0, int(inputs[i])) for i in range(first, last)]
+    return Rows(*np.array(rows, np.int64).reshape(-1, 4).T)
+
+
+def _common(a: NDArray[np.uint16], b: NDArray[np.uint16]) -> int:
+    """How many tokens both begin with."""
+    length = min(len(a), len(b))
+    differ = a[:length] != b[:length]
+    return int(differ.argmax()) if differ.any() else length
+
+
+def batches(width: NDArray[np.int64], tokens: int, context: int) -> list[NDArray[np.int64]]:
+    """Indices of rows that go through the model together, widest first, so that too large a batch fails at once.
+
+    A batch has at most `tokens` input tokens, padding included, and at least one row. The division depends on nothing
+    else, so it is the same on any number of processes.
+    """
+    order = np.lexsort((np.arange(len(width)), -width))
     found, first = [], 0
     while first < len(order):
-        width = padded(int(inputs[order[first]]), context)
-        rows = max(1, tokens // width)
+        rows = max(1, tokens // padded(int(width[order[first]]), context))
         found.append(order[first : first + rows])
         first += rows
     return found
 
 
 def padded(length: int, context: int) -> int:
-    """Width of a batch whose longest segment has `length` inputs."""
-    return min(context, -(-length // ROUND_TO) * ROUND_TO)
+    """Width of a batch whose widest row has `length` inputs."""
+    return max(length, min(context, -(-length // ROUND_TO) * ROUND_TO))
 
 
-def padding_fraction(segments: Segments, tokens: int, context: int) -> float:
+def padding_fraction(width: NDArray[np.int64], tokens: int, context: int) -> float:
     """Share of the input positions that hold no token."""
-    inputs = segments.inputs()
-    places = sum(len(rows) * padded(int(inputs[rows].max()), context) for rows in batches(segments, tokens, context))
-    return 1 - int(inputs.sum()) / places
+    places = sum(len(rows) * padded(int(width[rows].max()), context) for rows in batches(width, tokens, context))
+    return 1 - int(width.sum()) / places

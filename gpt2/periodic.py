@@ -43,7 +43,7 @@ def _val_loss(job: Job, model: GPT) -> float:
         job.micro_batch_size,
         job.world,
         precision=job.precision,
-        hidden=getattr(job.loss_fn, "hidden", None),  # the fast path has one of its own
+        losses_of=getattr(job.loss_fn, "token_losses", None),  # the fast path has its own
     ).loss
 
 

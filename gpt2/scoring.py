@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from gpt2.model import GPT, IGNORE
 
-Hidden = Callable[[Tensor], Tensor]
-"""(B, T) token ids -> (B, T, C) hidden states after the last LayerNorm; `model.hidden`, or a compiled one"""
+TokenLosses = Callable[[Tensor, Tensor], Tensor]
+"""idx (B, T), targets (B, T) -> losses (B, T), as `token_losses` gives them"""
 
 OnTokens = Callable[[int], None]
 """told, after each batch, how many tokens this process has put through the model"""
@@ -58,32 +58,31 @@ def _chunks(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[s
 
 
 @torch.no_grad()
-def token_losses(model: GPT, idx: Tensor, targets: Tensor, hidden: Hidden | None = None) -> Tensor:
+def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     """Losses (B, T) fp32, in nats, of the tokens `targets` (B, T) that follow each position of `idx` (B, T).
 
     Args:
         targets: -1 where nothing is to be predicted, which gives 0.
-        hidden: a faster stand-in for `model.hidden`, over the same parameters.
     """
-    states = (hidden or model.hidden)(idx)  # (B, T, C)
+    states = model.hidden(idx)  # (B, T, C)
     losses = head_losses(states.flatten(0, 1), model.transformer.wte.weight, targets.flatten(), model.config.vocab_size)
     return losses.view_as(targets)
 
 
 @torch.no_grad()
 def chosen_losses(
-    model: GPT, idx: Tensor, positions: Tensor, targets: Tensor, *, greedy: bool = False, hidden: Hidden | None = None
+    model: GPT, hidden: Tensor, positions: Tensor, targets: Tensor, *, greedy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """As `token_losses`, but at some positions only: the head, which is most of a small model, is spared the rest.
 
     Args:
-        idx: (B, T).
+        hidden: (B, T, C) states after the last LayerNorm.
         positions: (N,) indices into the flattened (B * T,) positions.
         targets: (N,) the token that follows each.
 
     Returns:
         losses (N,) fp32 in nats, and with `greedy` whether each target is the likeliest token (N,) bool.
     """
-    states = (hidden or model.hidden)(idx).flatten(0, 1)[positions]  # (N, C)
+    states = hidden.flatten(0, 1)[positions]  # (N, C)
     head = (model.transformer.wte.weight, targets, model.config.vocab_size)
     return head_losses(states, *head), head_greedy(states, *head) if greedy else None

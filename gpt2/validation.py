@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.model import GPT, IGNORE
-from gpt2.scoring import Hidden, OnTokens, autocast, token_losses
+from gpt2.scoring import OnTokens, TokenLosses, autocast, token_losses
 from gpt2.shards import open_shard
 
 
@@ -57,7 +58,7 @@ def val_loss(
     micro_batch_size: int,
     world: World,
     precision: str = "fp32",
-    hidden: Hidden | None = None,
+    losses_of: TokenLosses | None = None,
     on_tokens: OnTokens | None = None,
 ) -> ValLoss:
     """Mean cross-entropy over the first `tokens` tokens of the validation shards, in windows that do not overlap.
@@ -71,7 +72,8 @@ def val_loss(
     Args:
         tokens: 10,485,760 in every recipe here.
         precision: "fp32", or "bf16" for matrix products in bfloat16.
-        hidden: a faster stand-in for `model.hidden`; it only ever sees (micro_batch_size, block_size).
+        losses_of: a faster stand-in for `scoring.token_losses`, over the same parameters; it only ever sees
+            (micro_batch_size, block_size).
 
     Raises:
         UserError: the shards hold fewer than two tokens.
@@ -91,8 +93,8 @@ def val_loss(
         idx[:there] = stream[first * T : first * T + there]
         targets[:there] = stream[first * T + 1 : first * T + there + 1]
         with autocast(world.device, precision):
-            losses = token_losses(
-                model, idx.view(-1, T).to(world.device), targets.view(-1, T).to(world.device), hidden
+            losses = (losses_of or partial(token_losses, model))(
+                idx.view(-1, T).to(world.device), targets.view(-1, T).to(world.device)
             )  # (micro_batch_size, T)
         mine = slice(first, min(first + micro_batch_size, windows))
         sums[mine] = losses.double().sum(dim=1)[: mine.stop - mine.start]

@@ -4,13 +4,14 @@ they run on a CPU, interpreted; elsewhere only the plain versions are held to th
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.kernels import attention, cross_entropy, embedding, gelu, layer_norm, triton_or_none
+from gpt2.kernels import attention, choices, cross_entropy, embedding, gelu, layer_norm, triton_or_none
 from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.kernels.row_sum import row_sum
 
@@ -203,3 +204,44 @@ def test_attention(name: str) -> None:
     assert_close(y, wanted, close)
     assert leaf.grad is not None
     assert_close(backend.backward(dy, qkv, y, saved), leaf.grad, close)
+
+
+def test_a_choice_is_kept_for_the_same_question_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: an algorithm of another library version or another shape taken up again; a torn file that stops a start;
+    a folder that cannot be written to that does; a measured choice where the same bits are asked for each time."""
+    question = {"what": "product", "key": (8, torch.float32), "version": 7}
+    choices.remember(question, "none is kept without a folder")
+    assert choices.recall(question) is None
+    monkeypatch.setenv(choices.FOLDER, str(tmp_path / "choices"))
+    choices.remember(question, "fast")
+    assert choices.recall(question) == "fast"
+    assert choices.recall(question | {"version": 8}) is None
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choices.recall(question) is None
+    finally:
+        torch.use_deterministic_algorithms(False)
+    (kept,) = (tmp_path / "choices").iterdir()
+    kept.write_text(kept.read_text()[:20])
+    assert choices.recall(question) is None
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(choices.FOLDER, str(tmp_path / "file"))
+    choices.remember(question, "fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="needs a GPU")
+def test_what_was_measured_once_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: an algorithm that comes back from disk as another one; a second start that measures everything again."""
+    monkeypatch.setenv(choices.FOLDER, str(tmp_path))
+    x, weight, bias = (random(*shape, dtype=torch.bfloat16) for shape in ((512, 64), (192, 64), (192,)))
+    once = FusedLinear(DEVICE).forward(x, weight, bias)
+    chosen = attention.choose(3, 192, 2, 128, DEVICE).name
+
+    def measured(run: object, repeats: int = 5) -> float:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("gpt2.kernels.cublaslt.milliseconds", measured)
+    monkeypatch.setattr("gpt2.kernels.attention.milliseconds", measured)
+    assert torch.equal(FusedLinear(DEVICE).forward(x, weight, bias), once)
+    assert attention.choose(3, 192, 2, 128, DEVICE).name == chosen

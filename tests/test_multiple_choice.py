@@ -10,6 +10,7 @@ import pytest
 import torch
 from processes import run_processes
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2.config import ModelConfig
 from gpt2.distributed import SOLO, World
@@ -17,7 +18,7 @@ from gpt2.errors import UserError
 from gpt2.examples import Description, Example, Examples, Part, Sequence, load, pack, save
 from gpt2.model import GPT
 from gpt2.multiple_choice import picks, score, score_benchmark, sequence_sums
-from gpt2.packing import batches, cut, padding_fraction, windows
+from gpt2.packing import Rows, batches, cut, join, padding_fraction, windows
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=48)
 
@@ -202,15 +203,57 @@ def examples_of(examples: Examples) -> list[Example]:
     return made
 
 
+def joined(examples: Examples, context: int = 48) -> Rows:
+    segments, _ = cut(examples.starts, examples.scored, context)
+    groups = np.searchsorted(examples.groups, segments.sequence, side="right")
+    return join(examples.tokens, segments, groups, context)
+
+
 def test_batches_hold_every_segment_once_and_keep_to_the_budget() -> None:
     """Would catch: a segment scored twice or never, and a batch that does not fit the GPU."""
-    examples = random_choices(100, seed=19)
-    segments, _ = cut(examples.starts, examples.scored, 48)
-    found = batches(segments, 256, 48)
-    assert sorted(np.concatenate(found).tolist()) == list(range(400))
-    for rows in found:
-        assert len(rows) == 1 or len(rows) * segments.inputs()[rows].max() <= 256
-    assert 0 <= padding_fraction(segments, 256, 48) < 0.25
+    rows = joined(random_choices(100, seed=19))
+    assert rows.first.tolist() == [0, *np.cumsum(rows.alternatives)[:-1]] and rows.alternatives.sum() == 400
+    assert set(rows.alternatives) == {1, 4}  # both kinds occur
+    found = batches(rows.width, 256, 48)
+    assert sorted(np.concatenate(found).tolist()) == list(range(len(rows.first)))
+    for some in found:
+        assert len(some) == 1 or len(some) * rows.width[some].max() <= 256
+    assert 0 <= padding_fraction(rows.width, 256, 48) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("ends", "context"),
+    [
+        ([[7], [8], [9]], 30),  # nothing is left of an alternative but the token to predict
+        ([[7, 8, 9], [7, 8, 5], [7]], 30),  # the ends begin alike too
+        ([[7] * 12, [8] * 15, [9] * 9], 30),  # a row wider than the context
+        ([[7] * 30, [8] * 30], 25),  # cut on the left, so that nothing is common
+        ([[7] * 5, [7] * 5], 3),  # twice the same
+    ],
+)
+def test_alternatives_in_one_row_are_what_they_are_alone(ends: list[list[int]], context: int) -> None:
+    """Would catch: an alternative that sees another, positions that count on through the row, the first token of an
+    end predicted from the wrong place."""
+    beginning = np.random.default_rng(21).integers(0, 50257, context).tolist()
+    examples = pack(description(1), [Example([Sequence(beginning + end, len(end)) for end in ends])])
+    model = tiny_model()
+    sums = sequence_sums(model, examples, SOLO)
+    for row, end in enumerate(ends):
+        expected, _ = by_hand(model, (beginning + end)[-49:], len(end))
+        assert sums.losses[row] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_common_beginning_is_read_once() -> None:
+    """Would catch: rows that are joined on paper while the model still reads every alternative whole."""
+    ends = [[7], [8], [9], [5]]
+    examples = pack(description(1), [Example([Sequence([*range(40), *end], 1) for end in ends])])
+    with FlopCounterMode(display=False) as together:
+        sequence_sums(tiny_model(), examples, SOLO)
+    single = pack(description(1), [Example([Sequence([*range(40), 7], 1)])])
+    with FlopCounterMode(display=False) as alone:
+        sequence_sums(tiny_model(), single, SOLO)
+    head = 2 * TINY.padded_vocab_size * TINY.n_embd  # of each scored token
+    assert together.get_total_flops() - 4 * head < 1.2 * (alone.get_total_flops() - head)
 
 
 def test_windows_refuses_a_stride_it_cannot_walk() -> None:

@@ -73,7 +73,9 @@ def test_chosen_positions_are_those_of_all_positions(model: GPT) -> None:
     idx, targets = random_batch(6)
     every = scoring.token_losses(model, idx, targets)
     positions = torch.randperm(idx.numel(), generator=torch.Generator().manual_seed(7))[:100]
-    losses, greedy = scoring.chosen_losses(model, idx, positions, targets.flatten()[positions], greedy=True)
+    losses, greedy = scoring.chosen_losses(
+        model, model.hidden(idx), positions, targets.flatten()[positions], greedy=True
+    )
     torch.testing.assert_close(losses, every.flatten()[positions], atol=1e-5, rtol=1e-5)
     assert greedy is not None and greedy.shape == (100,)
 
@@ -86,9 +88,11 @@ def test_greedy_knows_the_likeliest_token(model: GPT) -> None:
     assert logits is not None
     likeliest = logits.argmax(dim=-1).flatten()
     positions = torch.arange(idx.numel())
-    _, greedy = scoring.chosen_losses(model, idx, positions, likeliest, greedy=True)
+    _, greedy = scoring.chosen_losses(model, model.hidden(idx), positions, likeliest, greedy=True)
     assert greedy is not None and greedy.all()
-    _, greedy = scoring.chosen_losses(model, idx, positions, (likeliest + 1) % TINY.vocab_size, greedy=True)
+    _, greedy = scoring.chosen_losses(
+        model, model.hidden(idx), positions, (likeliest + 1) % TINY.vocab_size, greedy=True
+    )
     assert greedy is not None and not greedy.any()
 
 

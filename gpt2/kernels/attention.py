@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpt2.kernels import choices
 from gpt2.kernels.cublaslt import milliseconds
 
 Saved = tuple[Any, ...]
@@ -220,12 +223,18 @@ DETERMINISTIC = ("cudnn-packed", "flash")
 def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> Attention:
     """The backend that is quickest forward and backward at (B, T) on this GPU; the formula on a CPU.
 
-    Those that the GPU or the installation does not have are passed over; if all are, the formula is used. Where torch
+    What was found at an earlier start stands (`choices`). Those that the GPU or the installation does not have are
+    passed over; if all are, the formula is used. Where torch
     is asked for deterministic algorithms, the first that works of those that have one: measurements are not the same
     twice.
     """
     if device.type != "cuda":
         return Attention(n_head)
+    question = {"what": "attention", "heads": n_head, "width": n_embd, "batch": B, "length": T, **_versions(device)}
+    kept = BACKENDS.get(choices.recall(question) or "")
+    if kept is not None:
+        with suppress(Exception):  # the library is gone, say: measured again below
+            return kept(n_head)
     qkv = torch.randn(B, T, 3 * n_embd, device=device, dtype=torch.bfloat16)
     dy = torch.randn(B, T, n_embd, device=device, dtype=torch.bfloat16)
 
@@ -254,7 +263,21 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
         except Exception as error:  # whatever an absent or unfit library raises: the next one is tried
             if not isinstance(error, ImportError):
                 print(f"attention by {name} does not work here: {str(error).splitlines()[0]}", file=sys.stderr)
-    return made[min(times, key=times.__getitem__)] if times else Attention(n_head)
+    if not times:
+        return Attention(n_head)
+    fastest = min(times, key=times.__getitem__)
+    choices.remember(question, fastest)
+    return made[fastest]
+
+
+def _versions(device: torch.device) -> dict[str, object]:
+    """Of all that a choice of attention depends on."""
+    versions: dict[str, object] = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    versions["cudnn"] = torch.backends.cudnn.version()
+    for package in ("nvidia-cudnn-frontend", "flash-attn-4"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _agree(gradient: Tensor, known: Tensor) -> None:

@@ -11,8 +11,10 @@ row-major D (m, n) = A B is column-major D^T (n, m) = B^T A^T.
 from __future__ import annotations
 
 import ctypes
+import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -22,12 +24,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpt2.kernels import choices
+
 DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192  # cublasLtEpilogue_t
 _COMPUTE_32F, _R_32F, _R_16BF = 68, 0, 14
 _POINTER_MODE, _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD, _BIAS_TYPE = 2, 3, 4, 7, 8, 11, 12, 26
 _MAX_WORKSPACE = 1  # of cublasLtMatmulPreferenceAttributes_t
 _TYPES = {torch.float32: _R_32F, torch.bfloat16: _R_16BF}
 WORKSPACE_BYTES = 64 << 20  # split-K keeps its parts here; NVIDIA advises 32 MiB or more for Hopper
+_ALGORITHM = struct.Struct("8Q")  # cublasLtMatmulAlgo_t, which may be kept for the same version of the library
 CANDIDATES = 8
 CLOSE = 1.01  # an algorithm later in the library's own order must be faster than by this
 
@@ -83,6 +88,7 @@ class CublasLt:
         self._lib = lib
         self._handle = c_void_p()
         _check(lib.cublasLtCreate(byref(self._handle)), "cublasLtCreate")
+        self._gpu = torch.cuda.get_device_name(device)
         self._workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
         self._zero_one = torch.tensor([0.0, 1.0], device=device)
         self._plans: dict[tuple[object, ...], _Plan] = {}
@@ -121,7 +127,8 @@ class CublasLt:
         )  # fmt: skip
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = self._make_plan(a, b, out, trans_a, trans_b, add, scale, epilogue, bias, aux)
+            plan = self._make_plan(key, a, b, out, trans_a, trans_b, add, scale, epilogue, bias, aux)
+            self._plans[key] = plan
         self._set_pointers(plan.desc, bias, aux)
         self._launch(plan, a, b, out, add, scale)
         return out
@@ -144,8 +151,8 @@ class CublasLt:
         return layout
 
     def _make_plan(
-        self, a: Tensor, b: Tensor, out: Tensor, trans_a: bool, trans_b: bool, add: Tensor | None,
-        scale: Tensor | None, epilogue: int, bias: Tensor | None, aux: Tensor | None,
+        self, key: tuple[object, ...], a: Tensor, b: Tensor, out: Tensor, trans_a: bool, trans_b: bool,
+        add: Tensor | None, scale: Tensor | None, epilogue: int, bias: Tensor | None, aux: Tensor | None,
     ) -> _Plan:  # fmt: skip
         desc = c_void_p()
         _check(self._lib.cublasLtMatmulDescCreate(byref(desc), c_int(_COMPUTE_32F), c_int(_R_32F)), "DescCreate")
@@ -160,6 +167,18 @@ class CublasLt:
             self._set(desc, _BIAS_TYPE, c_int32(_TYPES[bias.dtype]))
         self._set_pointers(desc, bias, aux)
         layouts = (self._layout(b), self._layout(a), self._layout(out))
+        scratch = torch.empty_like(out) if add is not None and add.data_ptr() == out.data_ptr() else out
+
+        def run(plan: _Plan) -> Callable[[], None]:
+            return lambda: self._launch(plan, a, b, scratch, add, scale)
+
+        question = {"what": "product", "key": key, "gpu": self._gpu, "cublaslt": self._lib.cublasLtGetVersion()}
+        kept = choices.recall(question)
+        if kept is not None:
+            with suppress(ValueError, struct.error, CublasLtError):  # not what it was: measured again below
+                plan = _Plan(desc, layouts, _Heuristic(algo=(c_uint64 * 8)(*_ALGORITHM.unpack(bytes.fromhex(kept)))))
+                run(plan)()
+                return plan
         preference = c_void_p()
         _check(self._lib.cublasLtMatmulPreferenceCreate(byref(preference)), "PreferenceCreate")
         limit = c_size_t(WORKSPACE_BYTES)
@@ -172,12 +191,9 @@ class CublasLt:
         self._lib.cublasLtMatmulPreferenceDestroy(preference)
         _check(status, f"cublasLtMatmulAlgoGetHeuristic (epilogue {epilogue}, {tuple(a.shape)} x {tuple(b.shape)})")
         plans = [_Plan(desc, layouts, found[i]) for i in range(count.value) if found[i].state == 0]
-        scratch = torch.empty_like(out) if add is not None and add.data_ptr() == out.data_ptr() else out
-
-        def run(plan: _Plan) -> Callable[[], None]:
-            return lambda: self._launch(plan, a, b, scratch, add, scale)
-
-        return fastest(plans, run)
+        best = fastest(plans, run)
+        choices.remember(question, _ALGORITHM.pack(*best.algo.algo).hex())
+        return best
 
     def _launch(self, plan: _Plan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None) -> None:
         alpha: Any
