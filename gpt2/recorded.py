@@ -1,7 +1,7 @@
 """Sampling on a GPU without waiting for the host: one step, the choice of its token included, recorded as a CUDA graph.
 
-Launching the two hundred small kernels of a step takes longer than running them, and then asking for the token, making
-the next step's input of it and sending that takes as long again. Here a step is launched at once and feeds itself, and
+Launching the many small kernels of a step takes longer than running them, and then asking for the token, making the
+next step's input of it and sending that takes as long again. Here a step is launched at once and feeds itself, and
 while the host looks at one token the next is already under way.
 """
 
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from gpt2.kernels.few_rows import FewRows, fits
 from gpt2.kv_cache import CachedReader
 
 Choose = Callable[[Tensor, Tensor], Tensor]
@@ -38,8 +39,13 @@ class RecordedSteps:
         self._events = [torch.cuda.Event() for _ in range(2)]
         self._launched = -1  # the last turn that was
 
+        few = FewRows(reader) if fits(reader) else None
+
         def step() -> Tensor:
-            logits = reader.masked_step(self._idx, self._positions, reader.capacity)
+            if few is not None:
+                logits = few.step(self._idx[:, 0], self._positions)
+            else:
+                logits = reader.masked_step(self._idx, self._positions, reader.capacity)
             chosen = choose(logits, self._dice.index_select(0, self._turn)[0])
             self._idx.copy_(chosen.view(-1, 1))
             self._positions.add_(1).clamp_max_(reader.capacity - 1)  # of a row that has ended: it must stay inside

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.kernels import attention, choices, cross_entropy, embedding, gelu, layer_norm, triton_or_none
+from gpt2.config import ModelConfig
+from gpt2.kernels import attention, choices, cross_entropy, embedding, few_rows, gelu, layer_norm, triton_or_none
 from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.kernels.row_sum import row_sum
+from gpt2.kv_cache import CachedReader
+from gpt2.model import GPT
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -204,6 +207,33 @@ def test_attention(name: str) -> None:
     assert_close(y, wanted, close)
     assert leaf.grad is not None
     assert_close(backend.backward(dy, qkv, y, saved), leaf.grad, close)
+
+
+@pytest.mark.skipif(not KERNELS, reason="needs a GPU or Triton's interpreter")
+@pytest.mark.parametrize("n_embd", [64, 96])  # 96: masked columns
+def test_a_token_for_a_few_rows_is_what_the_plain_step_makes(n_embd: int) -> None:
+    """Catches a key written to another row's or head's place, chunks of attention put together with the wrong weights,
+    a chunk past the row's position that counts, columns past the width in LayerNorm."""
+    config = ModelConfig(n_layer=2, n_head=n_embd // 32, n_embd=n_embd, block_size=300, vocab_size=101)
+    model = GPT(config)
+    model.init_weights(1)
+    with torch.no_grad():
+        for parameter in model.parameters():  # biases and LayerNorms that do something
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.to(DEVICE)
+    plain, cached = CachedReader(model, 3, 300), CachedReader(model, 3, 300)
+    assert few_rows.fits(cached)
+    few = few_rows.FewRows(cached)
+    windows = [[1, 2], [3] * 127, [4] * 290]
+    for reader in (plain, cached):
+        reader.read([0, 1, 2], windows)
+    positions = torch.tensor([2, 127, 290], device=DEVICE)
+    for turn in range(3):
+        idx = torch.tensor([turn, 7, 9], device=DEVICE)
+        wanted = plain.masked_step(idx.view(-1, 1), positions + turn, 300)
+        assert_close(few.step(idx, positions + turn), wanted, 1e-5)
+    for kept, right in zip([*cached.k, *cached.v], [*plain.k, *plain.v], strict=True):
+        assert_close(kept, right, 1e-5)
 
 
 def test_a_choice_is_kept_for_the_same_question_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

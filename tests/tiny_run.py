@@ -32,7 +32,7 @@ WHOLE_VOCABULARY: dict[str, Any] = {
     "model": {**CONFIG["model"], "vocab_size": 50_257},
     "sample": {"every": 6, "tokens": 4, "prompts": ["", "The"]},
 }
-TIMES = ("time", "train/step_ms", "train/tokens_per_second")
+TIMES = ("time", "train/step_ms", "train/tokens_per_second", "train/mfu")
 
 
 def make_shards(store: Path, tokens: int = 4000, seed: int = 0, *, eot: bool = False) -> Request:
