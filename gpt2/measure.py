@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypeVar
@@ -128,7 +129,10 @@ class Measurement:
         path = None if self.kept is None else self.kept / f"{quote(name, safe='')}.json"
         there = self.world.broadcast_json(path is not None and self.world.is_main and path.exists())
         if not there:
+            began = time.perf_counter()
             result = work()
+            if self.world.is_main:
+                print(f"{name}: measured in {time.perf_counter() - began:.1f} s", flush=True)
             if path is not None and self.world.is_main:
                 write_model(path, result)
             return result

@@ -3,6 +3,7 @@ they run on a CPU, interpreted; elsewhere only the plain versions are held to th
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def test_attention(name: str) -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("n_embd", [64, 96])  # 96: masked columns
-def test_a_token_for_a_few_rows_is_what_the_plain_step_makes(n_embd: int) -> None:
+def test_a_token_for_a_few_rows_is_what_the_plain_step_makes_in_fp64(n_embd: int) -> None:
     """Catches a key written to another row's or head's place, chunks of attention put together with the wrong weights,
     a chunk past the row's position that counts, columns past the width in LayerNorm."""
     config = ModelConfig(n_layer=2, n_head=n_embd // 32, n_embd=n_embd, block_size=300, vocab_size=101)
@@ -221,7 +222,7 @@ def test_a_token_for_a_few_rows_is_what_the_plain_step_makes(n_embd: int) -> Non
         for parameter in model.parameters():  # biases and LayerNorms that do something
             parameter += 0.1 * torch.randn_like(parameter)
     model.to(DEVICE)
-    plain, cached = CachedReader(model, 3, 300), CachedReader(model, 3, 300)
+    plain, cached = CachedReader(copy.deepcopy(model).double(), 3, 300), CachedReader(model, 3, 300)
     assert few_rows.fits(cached)
     few = few_rows.FewRows(cached)
     windows = [[1, 2], [3] * 127, [4] * 290]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2 import sample
+from gpt2 import bench_sample, sample
 from gpt2.checkpoint import save_model
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
@@ -281,6 +281,20 @@ def test_a_cached_token_costs_one_token_and_not_the_window() -> None:
     print(f"cached {few:,}, recomputed {many:,}: {many / few:.0f} times")
     assert few > 2 * (model.config.n_params() - 1024 * 64) * 0.9, "less than one multiplication a weight"
     assert many > 300 * few
+
+
+def test_the_benchmark_times_both_ways(text_model: GPT, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A ratio upside down, or one way timed twice; a context that the model does not have."""
+    save_model(tmp_path / "model", text_model)
+    context = text_model.config.block_size - 20
+    options = [str(tmp_path / "model"), "--device", "cpu", "--tokens", "10", "--prompts", "2"]
+    bench_sample.main([*options, "--context", str(context)])
+    lines = capsys.readouterr().out.splitlines()
+    cached, plain, ratio = (float(line.split()[-1]) for line in lines[1:])
+    assert lines[0].startswith(f"2 prompts of {context} tokens")
+    assert cached > 0 and ratio == pytest.approx(plain / cached, rel=0.05, abs=0.1)
+    with pytest.raises(UserError, match=f"--context {context + 1} and 20 tokens"):
+        bench_sample.main([*options, "--context", str(context + 1)])
 
 
 def test_a_device_that_is_not_there_is_one_clear_line(text_model: GPT, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
