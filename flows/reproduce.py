@@ -34,7 +34,8 @@ from gpt2.plan import BaselinePlan, Plan, plan
 from gpt2.recipe import load, load_runtime, parse_overrides
 from tasks import registry
 from tasks.launch import StageCrashed, StageFailed
-from tasks.mirror import Mirror, preload
+from tasks.mirror import Mirror
+from tasks.mlflow_runs import preload
 from tasks.stage import benchmark, download, evaluate, harness, report, tokenize, train
 from tasks.tracking import Tracking
 

@@ -94,7 +94,7 @@ def up(store: Path, ports: dict[str, int]) -> None:
 
 def mlflow_command(store: Path, port: int) -> list[str]:
     """One process is enough for one person's page; by default it is a dozen, with 2.6 GB."""
-    from tasks.mirror import client, ensure_experiment
+    from tasks.mlflow_runs import client, ensure_experiment
 
     uri = f"sqlite:///{store}/mlflow.db"
     ensure_experiment(client(uri), store, uri)  # so that its artifacts lie in the store for whoever writes them

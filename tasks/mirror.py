@@ -6,12 +6,7 @@ pipeline goes on with its MLflow run and never doubles it.
 
 from __future__ import annotations
 
-import fcntl
 import json
-import logging
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,60 +29,16 @@ from gpt2.manifest import (
 from gpt2.metrics import NOT_METRICS
 from gpt2.plan import Plan
 from gpt2.stage import Provenance, git_commit
+from tasks.mlflow_runs import client, find_or_create, tracking_uri
 from tasks.progress import Tail
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-EXPERIMENT = "reproduce-gpt2"
 BATCH = 1000
 """metrics a request: MLflow's own limit"""
 PARAM_LENGTH = 6000
 """MLflow's own limit"""
-
-
-def tracking_uri(store: Path) -> str:
-    """MLFLOW_TRACKING_URI, or a SQLite file in the store."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{store}/mlflow.db"
-
-
-def experiment_name() -> str:
-    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-
-
-def preload() -> None:
-    """Import MLflow, set up to give up soon (by default one call to a dead server takes four minutes) and quietly."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # else it tells of each migration of a new database
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    import mlflow  # noqa: F401  two seconds, which only whoever tracks spends
-
-
-def client(uri: str) -> MlflowClient:
-    """An MLflow client."""
-    preload()
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=uri)
-
-
-def ensure_experiment(mlflow: MlflowClient, store: Path, uri: str) -> str:
-    """The experiment's id. Artifacts of a local database lie in the store, wherever the command was started."""
-    from mlflow.exceptions import MlflowException
-
-    name = experiment_name()
-    if found := mlflow.get_experiment_by_name(name):
-        return str(found.experiment_id)
-    place = None if uri.startswith("http") else (store / "mlartifacts" / name).as_uri()
-    try:
-        return str(mlflow.create_experiment(name, artifact_location=place))
-    except MlflowException:
-        if found := mlflow.get_experiment_by_name(name):  # somebody else was faster
-            return str(found.experiment_id)
-        raise
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
@@ -177,21 +128,15 @@ class Mirror:
     def _find_run(self) -> None:
         if self.run_id is not None:
             return
-        with _locked(self.store / ".mlflow" / "lock"):  # two flows at once must not make two runs
-            experiment = ensure_experiment(self.mlflow, self.store, self.uri)
-            found = self.mlflow.search_runs(
-                [experiment], f"tags.`gpt2.identity` = '{self.identity}'", order_by=["attributes.start_time ASC"]
-            )
-            run = (
-                found[0]
-                if found
-                else self.mlflow.create_run(
-                    experiment,
-                    run_name=f"{self.config.name} {self.plan.train.address.rpartition('/')[2][:8]}",
-                    tags={"gpt2.identity": self.identity, "mlflow.source.name": "flows/reproduce.py"},
-                )
-            )
-        self.experiment_id, self.run_id = experiment, run.info.run_id
+        run = find_or_create(
+            self.mlflow,
+            self.store,
+            self.uri,
+            self.identity,
+            f"{self.config.name} {self.plan.train.address.rpartition('/')[2][:8]}",
+            {"mlflow.source.name": "flows/reproduce.py"},
+        )
+        self.experiment_id, self.run_id = run.info.experiment_id, run.info.run_id
         self._sent = self._remembered()
         if "steps" not in self._sent:
             # A run that this store has no notes of: MLflow itself knows how far it is.
@@ -365,11 +310,3 @@ class Mirror:
             folder = (Path("report") / entry.path).parent
             self.mlflow.log_artifact(self.run_id, str(directory / entry.path), folder.as_posix())
         self._remember("report", self.plan.report.address)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

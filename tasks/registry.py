@@ -25,7 +25,7 @@ from gpt2.errors import UserError
 from gpt2.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
 from gpt2.stage import Provenance, StageDir, fail
 from tasks import launch
-from tasks.mirror import client
+from tasks.mlflow_runs import client
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -29,7 +29,7 @@ def prefect_server() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A migrated MLflow database without runs: migrating one takes seconds, copying it none."""
-    from tasks.mirror import client
+    from tasks.mlflow_runs import client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     client(f"sqlite:///{path}").search_experiments()

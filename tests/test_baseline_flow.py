@@ -14,7 +14,7 @@ from gpt2.manifest import EvaluateFacts, Manifest, PretrainedFacts, read_model
 from gpt2.plan import plan_baseline
 from gpt2.recipe import load
 from tasks.baseline import record
-from tasks.mirror import client, tracking_uri
+from tasks.mlflow_runs import client, tracking_uri
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from gpt2.manifest import Request, read_model
 from gpt2.plan import plan
 from gpt2.recipe import load
 from tasks.launch import StageFailed
-from tasks.mirror import EXPERIMENT
+from tasks.mlflow_runs import EXPERIMENT
 
 pytestmark = pytest.mark.slow  # a Prefect server and whole flows
 

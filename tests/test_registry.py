@@ -25,7 +25,7 @@ from gpt2.manifest import Request, read_model
 from gpt2.model import GPT
 from gpt2.sample import stream
 from gpt2.stage import StageDir
-from tasks.mirror import client, ensure_experiment
+from tasks.mlflow_runs import client, ensure_experiment
 from tasks.registry import ADDRESS, REQUIREMENTS, Trained, _crown, register
 
 

@@ -19,7 +19,8 @@ from gpt2.manifest import METRICS
 from gpt2.metrics import MetricsWriter, cut_after_step
 from gpt2.plan import Plan, plan, prepare
 from gpt2.recipe import load
-from tasks.mirror import EXPERIMENT, Mirror, flatten
+from tasks.mirror import Mirror, flatten
+from tasks.mlflow_runs import EXPERIMENT
 from tasks.tracking import Tracking
 
 pytestmark = pytest.mark.slow  # an MLflow database
