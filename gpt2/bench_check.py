@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpt2.build import build, fresh
 from gpt2.config import ModelConfig, Runtime, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
-from gpt2.job import build, fresh
 from gpt2.loader import places
 from gpt2.memory import choose, free_bytes, settle_micro_batch
 from gpt2.optim import learning_rate

@@ -24,12 +24,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpt2.bench_check import Loop, check, zipf_tokens
+from gpt2.build import device_name
 from gpt2.config import Runtime, TrainConfig
 from gpt2.distributed import World, from_env, leave
 from gpt2.errors import UserError
 from gpt2.fast import FastGPT
 from gpt2.flops import mfu
-from gpt2.job import device_name
 from gpt2.machine import keep_compiled
 from gpt2.recipe import load
 

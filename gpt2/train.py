@@ -19,12 +19,13 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from gpt2.atomic import NO_SPACE
+from gpt2.build import device_name
 from gpt2.checkpoint import folder_name, read_state
 from gpt2.distributed import World, join, leave, locate
 from gpt2.errors import UserError
 from gpt2.flops import flops_per_token, mfu
 from gpt2.interruption import Interrupted
-from gpt2.job import CHECKPOINTS, Job, device_name
+from gpt2.job import CHECKPOINTS, Job
 from gpt2.machine import keep_compiled
 from gpt2.manifest import METRICS, TrainFacts
 from gpt2.memory import explain_out_of_memory

@@ -1,0 +1,73 @@
+"""What a training run begins with: the model as it lies on the processes, its loss function, its first weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gpt2.checkpoint import Snapshot, TrainState
+from gpt2.config import Runtime, TrainConfig
+from gpt2.distributed import World
+from gpt2.errors import UserError
+from gpt2.fast import accelerate
+from gpt2.model import GPT
+from gpt2.parallel import MOMENTS, LossFn, Parallel, Replicas
+from gpt2.weights import load_hf
+
+
+def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:
+    """The model laid out as `runtime` says, its weights still to be filled in, and the function that gives its loss."""
+    with torch.device("meta"):
+        model = GPT(config.model)
+    model.checkpoint_blocks = runtime.activation_checkpointing is True
+    if runtime.sharding == "fsdp":
+        return _sharded(model, config, runtime, world)
+    model.to_empty(device=world.device)
+    parallel = Replicas(model, config.optim, world, zero1=runtime.sharding == "zero1")
+    return parallel, accelerate(model, runtime, world.device)
+
+
+def _sharded(model: GPT, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:
+    if config.sequences_per_step % world.size:
+        raise UserError(
+            f"runtime.sharding=fsdp needs the same number of sequences on every process: {config.sequences_per_step} a "
+            f"step do not divide by {world.size}; use another number of processes, or runtime.sharding=zero1"
+        )
+    if runtime.compile:
+        for block in model.blocks:
+            block.compile()
+    from gpt2.fsdp import Shards  # slow to import
+
+    parallel = Shards(model, config.optim, world, bf16=runtime.precision == "bf16")
+
+    def loss_fn(idx: Tensor, targets: Tensor) -> Tensor:
+        loss = model(idx, targets)[1]
+        assert loss is not None
+        return loss
+
+    return parallel, loss_fn
+
+
+def fresh(config: TrainConfig) -> Snapshot:
+    """Step 0: the recipe's initial weights, or those of `init_from`; moments at zero.
+
+    Raises:
+        UserError: init_from holds no weights of this shape.
+    """
+    model = GPT(config.model)
+    if config.init_from is None:
+        model.init_weights(config.seed)
+    else:
+        from gpt2.pretrained import load_init
+
+        load_hf(model, load_init(config.init_from))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, weight in list(tensors.items()):
+        for key in MOMENTS:
+            tensors[f"{name}/{key}"] = torch.zeros(()) if key == "step" else torch.zeros_like(weight)
+    return Snapshot(TrainState(step=0, evaluated=False), tensors)
+
+
+def device_name(world: World) -> str:
+    """Of one process's device, as the driver gives it, or "cpu"."""
+    return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"
