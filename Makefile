@@ -53,7 +53,7 @@ down: $(BIN)/.installed ## stop what `make up` started
 
 test: lint ## everything that needs no GPU
 	$(BIN)/python -m pytest -m "not slow and not gpu" -q
-	$(BIN)/python -m pytest -m "slow and not gpu" -q
+	$(BIN)/python -m pytest -m "slow and not gpu" -q -n 2 --dist loadfile
 
 test-fast: $(BIN)/.installed-test ## the tests to run at every change
 	$(BIN)/python -m pytest -m "not slow and not gpu" -q -x
