@@ -150,7 +150,7 @@ class Generation:
         self.recorded: RecordedSteps | None = None
         if cache:
             self.reader = CachedReader(model, len(prompts), capacity)
-            if cuda_graph and self.reader.wte.is_cuda:
+            if cuda_graph and n_tokens > 1 and prompts and self.reader.wte.is_cuda:
                 self.recorded = RecordedSteps(self.reader, choice.pick, self.dice)
         else:
             self.reader = RecomputingReader(model, len(prompts))

@@ -231,10 +231,6 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
     if device.type != "cuda":
         return Attention(n_head)
     question = {"what": "attention", "heads": n_head, "width": n_embd, "batch": B, "length": T, **_versions(device)}
-    kept = BACKENDS.get(choices.recall(question) or "")
-    if kept is not None:
-        with suppress(Exception):  # the library is gone, say: measured again below
-            return kept(n_head)
     qkv = torch.randn(B, T, 3 * n_embd, device=device, dtype=torch.bfloat16)
     dy = torch.randn(B, T, n_embd, device=device, dtype=torch.bfloat16)
 
@@ -245,6 +241,12 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
 
         return run
 
+    kept = BACKENDS.get(choices.recall(question) or "")
+    if kept is not None:
+        with suppress(Exception):  # what it is made of has changed since: measured again below
+            backend = kept(n_head)
+            both_ways(backend)()
+            return backend
     times: dict[str, float] = {}
     made: dict[str, Attention] = {}
     try:
