@@ -34,6 +34,8 @@ def seconds_a_token(model: GPT, prompts: int, context: int, tokens: int, *, cach
         UserError: context and tokens do not fit into the model's block_size.
     """
     wanted = WARM_UP + tokens
+    if min(prompts, tokens) < 1:
+        raise UserError("--prompts and --tokens are 1 or more")
     if not 0 < context <= model.config.block_size - wanted:
         raise UserError(
             f"--context {context} and {wanted} tokens after it do not fit into the model's {model.config.block_size:,}"

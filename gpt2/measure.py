@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypeVar
+from typing import Annotated, Literal, NamedTuple, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -60,6 +60,7 @@ class How(NamedTuple):
     precision: str
     batch_tokens: int
     """input tokens that go through the model at a time, on each process"""
+    kernels: Literal["auto", "reference"] = "auto"
 
 
 def how(runtime: Runtime, world: World, block_size: int) -> How:
@@ -70,8 +71,8 @@ def how(runtime: Runtime, world: World, block_size: int) -> How:
     """
     precision = "fp32" if runtime.precision == "auto" else runtime.precision
     if runtime.micro_batch_size == "auto":
-        return How(precision, max(block_size, BATCH_TOKENS.get(world.device.type, 4096)))
-    return How(precision, runtime.micro_batch_size * block_size)
+        return How(precision, max(block_size, BATCH_TOKENS.get(world.device.type, 4096)), runtime.kernels)
+    return How(precision, runtime.micro_batch_size * block_size, runtime.kernels)
 
 
 class Measurement:
@@ -109,7 +110,8 @@ class Measurement:
         """The training's own kernels, where they know the precision that was asked for."""
         if self.how.precision != "bf16":
             return None
-        return getattr(accelerate(self.model, Runtime(precision="bf16"), self.world.device), "token_losses", None)
+        runtime = Runtime(precision="bf16", kernels=self.how.kernels)
+        return getattr(accelerate(self.model, runtime, self.world.device), "token_losses", None)
 
     def benchmark(self, name: str, directory: Path) -> Result:
         """The figures and choices of the benchmark prepared in `directory`."""

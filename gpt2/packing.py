@@ -73,8 +73,8 @@ class Rows(NamedTuple):
 def join(tokens: NDArray[np.uint16], segments: Segments, groups: NDArray[np.int64], context: int) -> Rows:
     """Put the alternatives of an example into one row where that spares work.
 
-    They are if their row is no longer than the context, or if they share half of the longest of them or more: attention
-    in a row grows with the square of its width.
+    Attention grows with the square of a row's width. So they are joined if their row is no longer than the context, or
+    if its square is at most twice the sum of theirs.
 
     Args:
         tokens: (N,) that the segments lie in.
@@ -88,7 +88,7 @@ def join(tokens: NDArray[np.uint16], segments: Segments, groups: NDArray[np.int6
         pieces = [tokens[segments.begin[i] : segments.end[i] - 1] for i in range(first, last)]
         shared = min((_common(pieces[0], piece) for piece in pieces[1:]), default=0)
         width = shared + int((lengths - shared).sum())
-        if shared and (width <= context or 2 * shared >= lengths.max()):
+        if shared and (width <= context or width**2 <= 2 * int((lengths**2).sum())):
             rows.append((first, last - first, shared, width))
         else:
             rows += [(i, 1, 0, int(inputs[i])) for i in range(first, last)]
@@ -119,10 +119,5 @@ def batches(width: NDArray[np.int64], tokens: int, context: int) -> list[NDArray
 
 def padded(length: int, context: int) -> int:
     """Width of a batch whose widest row has `length` inputs."""
-    return max(length, min(context, -(-length // ROUND_TO) * ROUND_TO))
-
-
-def padding_fraction(width: NDArray[np.int64], tokens: int, context: int) -> float:
-    """Share of the input positions that hold no token."""
-    places = sum(len(rows) * padded(int(width[rows].max()), context) for rows in batches(width, tokens, context))
-    return 1 - int(width.sum()) / places
+    rounded = -(-length // ROUND_TO) * ROUND_TO
+    return rounded if length > context else min(context, rounded)

@@ -35,46 +35,48 @@ class RecordedSteps:
         self._turn = torch.zeros(1, dtype=torch.long, device=device)
         self._dice = dice.to(device)
         # two, because one is read here while the next is written there
-        self._told = [torch.zeros(reader.rows, dtype=torch.long, pin_memory=True) for _ in range(2)]
+        self._told = [torch.zeros(reader.rows, dtype=torch.long, pin_memory=reader.wte.is_cuda) for _ in range(2)]
         self._events = [torch.cuda.Event() for _ in range(2)]
         self._launched = -1  # the last turn that was
-
-        few = FewRows(reader) if fits(reader) else None
-
-        def step() -> Tensor:
-            if few is not None:
-                logits = few.step(self._idx[:, 0], self._positions)
-            else:
-                logits = reader.masked_step(self._idx, self._positions, reader.capacity)
-            chosen = choose(logits, self._dice.index_select(0, self._turn)[0])
-            self._idx.copy_(chosen.view(-1, 1))
-            self._positions.add_(1).clamp_max_(reader.capacity - 1)  # of a row that has ended: it must stay inside
-            self._turn.add_(1).clamp_max_(len(dice) - 1)
-            return chosen
-
-        with torch.no_grad():
+        self._choose = choose
+        # the graph knows memory by its address alone: whoever owns it has to live as long
+        self._reader, self._few = reader, FewRows(reader) if fits(reader) else None
+        with torch.no_grad(), torch.cuda.device(device):
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):  # libraries set up their handles and workspaces before the recording
                 for _ in range(3):
-                    step()
+                    self._step()
             torch.cuda.current_stream(device).wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
-                self._chosen = step()
+                self._chosen = self._step()
+
+    def _step(self) -> Tensor:
+        """What is recorded: read a token a row, choose the next, and be ready for another time; the choice (R,)."""
+        if self._few is not None:
+            logits = self._few.step(self._idx[:, 0], self._positions)
+        else:
+            logits = self._reader.masked_step(self._idx, self._positions, self.capacity)
+        chosen = self._choose(logits, self._dice.index_select(0, self._turn)[0])
+        self._idx.copy_(chosen.view(-1, 1))
+        self._positions.add_(1).clamp_max_(self.capacity - 1)  # of a row that has ended: it must stay inside
+        self._turn.add_(1).clamp_max_(self.turns - 1)
+        return chosen
 
     def after(self, tokens: Sequence[int], positions: Sequence[int], turn: int) -> list[int]:
         """The tokens chosen at `turn`, after reading `tokens` at `positions`, all below the capacity.
 
-        Turn follows turn and a turn's tokens are those that the turn before returned, or a first turn begins anew.
+        Turns only go up. If the turn before was asked for here, `tokens` are what it returned.
         """
-        if self._launched < turn:  # else it is under way already, from the same tokens
-            self._idx.copy_(torch.tensor(tokens).view(-1, 1))
-            self._positions.copy_(torch.tensor(positions))
-            self._turn.fill_(turn)
-            self._launch(turn)
-        if turn + 1 < self.turns and max(positions) + 1 < self.capacity:
-            self._launch(turn + 1)
+        with torch.cuda.device(self._idx.device):
+            if self._launched < turn:  # else it is under way already, from the same tokens
+                self._idx.copy_(torch.tensor(tokens).view(-1, 1))
+                self._positions.copy_(torch.tensor(positions))
+                self._turn.fill_(turn)
+                self._launch(turn)
+            if turn + 1 < self.turns and max(positions) + 1 < self.capacity:  # else it will begin with a window anew
+                self._launch(turn + 1)
         self._events[turn % 2].synchronize()
         return self._told[turn % 2].tolist()
 

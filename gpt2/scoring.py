@@ -15,7 +15,7 @@ TokenLosses = Callable[[Tensor, Tensor], Tensor]
 """idx (B, T), targets (B, T) -> losses (B, T), as `token_losses` gives them"""
 
 OnTokens = Callable[[int], None]
-"""told, after each batch, how many tokens this process has put through the model"""
+"""told, after each batch, how many tokens this process is done with; what sequences share counts for each"""
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
 """positions whose logits exist at a time: 256 x 50,304 x 4 bytes are 51 MB, what a CPU's caches and memory like"""

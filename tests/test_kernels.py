@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2.config import ModelConfig
+from gpt2.errors import UserError
 from gpt2.kernels import attention, choices, cross_entropy, embedding, few_rows, gelu, layer_norm, triton_or_none
 from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.kernels.row_sum import row_sum
@@ -257,6 +258,12 @@ def test_a_choice_is_kept_for_the_same_question_alone(tmp_path: Path, monkeypatc
     assert choices.recall(question) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(choices.FOLDER, str(tmp_path / "file"))
+    choices.remember(question, "fast")
+
+    def full(path: Path, text: str) -> None:
+        raise UserError(f"no space left for {path}")
+
+    monkeypatch.setattr(choices, "write_text", full)
     choices.remember(question, "fast")
 
 

@@ -18,7 +18,7 @@ from gpt2.errors import UserError
 from gpt2.examples import Description, Example, Examples, Part, Sequence, load, pack, save
 from gpt2.model import GPT
 from gpt2.multiple_choice import picks, score, score_benchmark, sequence_sums
-from gpt2.packing import Rows, batches, cut, join, padding_fraction, windows
+from gpt2.packing import Rows, batches, cut, join, padded, windows
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=48)
 
@@ -218,7 +218,8 @@ def test_batches_hold_every_segment_once_and_keep_to_the_budget() -> None:
     assert sorted(np.concatenate(found).tolist()) == list(range(len(rows.first)))
     for some in found:
         assert len(some) == 1 or len(some) * rows.width[some].max() <= 256
-    assert 0 <= padding_fraction(rows.width, 256, 48) < 0.25
+    places = sum(len(some) * padded(int(rows.width[some].max()), 48) for some in found)
+    assert rows.width.sum() <= places < 1.33 * rows.width.sum()
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import subprocess
 import sys
+import weakref
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2 import bench_sample, sample
+from gpt2 import bench_sample, recorded, sample
 from gpt2.checkpoint import save_model
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
@@ -19,6 +24,7 @@ from gpt2.generation import Choice, Generation, RecomputingReader, generate
 from gpt2.kv_cache import CachedReader
 from gpt2.model import GPT
 from gpt2.pretrained import pick_device
+from gpt2.recorded import RecordedSteps
 from gpt2.sample import TextPieces, converse, encode_prompt, stream, stream_batch
 from gpt2.tokenizer import EOT, gpt2_encoding
 
@@ -240,26 +246,127 @@ def test_command_line(text_model: GPT, tmp_path: Path) -> None:
     assert missing.stderr.count("\n") == 1
 
 
+class Replay:
+    """A CUDA graph without a GPU: replaying it runs the recorded step again."""
+
+    def __init__(self, steps: RecordedSteps) -> None:
+        self.steps = steps
+
+    def replay(self) -> None:
+        self.steps._chosen.copy_(self.steps._step())
+
+
+@pytest.fixture
+def record(monkeypatch: pytest.MonkeyPatch) -> Callable[[Generation], Generation]:
+    """Lets a generation on a CPU sample through RecordedSteps."""
+
+    class Nothing:
+        def __init__(self, *_: object) -> None: ...
+        def wait_stream(self, _: object) -> None: ...
+        def record(self) -> None: ...
+        def synchronize(self) -> None: ...
+
+    for name in ("Stream", "Event", "CUDAGraph", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Nothing)
+    for name in ("stream", "graph", "device"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+
+    def recording(generation: Generation) -> Generation:
+        assert isinstance(generation.reader, CachedReader)
+        steps = generation.recorded = RecordedSteps(generation.reader, generation.choice.pick, generation.dice)
+        steps._graph = Replay(steps)  # type: ignore[assignment]
+        return generation
+
+    return recording
+
+
+def test_steps_launched_ahead_change_no_text(record: Callable[[Generation], Generation]) -> None:
+    """A step that was launched ahead and fed another token; one that goes on past the end of a window; rows that have
+    ended, from inside or outside, or are full at different times."""
+    seed = random.SystemRandom().randrange(1 << 32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(40):
+        block_size, rows, n_tokens = rng.choice([2, 3, 5, 16]), rng.randint(1, 6), rng.randint(1, 12)
+        model = small_model(block_size=block_size)
+        prompts = [[rng.randrange(211) for _ in range(rng.randint(1, block_size + 4))] for _ in range(rows)]
+        choice = rng.choice([Choice(), Choice(temperature=0), Choice(0.7, top_k=5), Choice(top_p=0.9)])
+        stop = rng.sample(range(211), rng.choice([0, 40]))
+        ends = {rng.randint(1, n_tokens): rng.randrange(rows) for _ in range(rng.choice([0, 2]))}
+
+        def text(recorded: bool) -> list[list[int | None]]:
+            generation = Generation(model, prompts, n_tokens, choice, seeds=range(rows), stop=stop)  # noqa: B023
+            found = []
+            for tokens in record(generation) if recorded else generation:
+                found.append(tokens)
+                if len(found) in ends:  # noqa: B023
+                    generation.ended[ends[len(found)]] = True  # noqa: B023
+            return found
+
+        assert text(True) == text(False), (block_size, prompts, choice, stop, ends)
+
+
+def test_what_a_recording_writes_to_lives_as_long(
+    record: Callable[[Generation], Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph keeps addresses and no tensors: buffers that nobody owns any more become somebody else's memory."""
+
+    class Few:
+        def __init__(self, reader: CachedReader) -> None:
+            self.reader = reader
+
+        def step(self, idx: Tensor, positions: Tensor) -> Tensor:
+            return self.reader.masked_step(idx.view(-1, 1), positions, self.reader.capacity)
+
+    made: list[weakref.ref[Few]] = []
+
+    def few(reader: CachedReader) -> Few:
+        made.append(weakref.ref(one := Few(reader)))
+        return one
+
+    monkeypatch.setattr(recorded, "fits", lambda reader: True)
+    monkeypatch.setattr(recorded, "FewRows", few)
+    generation = record(Generation(small_model(), [[1], [2]], 5, Choice(), seeds=[1, 2]))
+    reader = weakref.ref(generation.reader)
+    del generation.reader
+    gc.collect()
+    assert made[0]() is not None and reader() is not None
+
+
+def test_a_generation_is_read_once() -> None:
+    """Tokens of the first reading told again, or a cache that is written past its end."""
+    generation = Generation(small_model(), [[1]], 3, Choice(), seeds=[1])
+    assert len(list(generation)) == 3
+    with pytest.raises(RuntimeError, match="read once"):
+        list(generation)
+    for nothing in (0, -1):
+        assert list(Generation(small_model(), [[1]], nothing, Choice(), seeds=[1], cuda_graph=True)) == []
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("choice", [Choice(), Choice(0.7, top_k=50), Choice(top_p=0.9), Choice(temperature=0)])
-def test_recorded_steps_write_what_eager_and_recomputed_ones_do(choice: Choice) -> None:
-    """A CUDA graph that reads the tokens it was recorded with; a step launched ahead that was fed another token, or
-    went on past the end of the window; batched products that mask the wrong positions."""
+@pytest.mark.parametrize("more", [0, 2])  # 3 rows have kernels of their own, 5 have torch's
+def test_recorded_steps_write_what_eager_and_recomputed_ones_do(choice: Choice, more: int) -> None:
+    """A CUDA graph that reads the tokens it was recorded with, or writes where another one reads; batched products that
+    mask the wrong positions."""
     model = small_model(block_size=64).cuda()
-    prompts = [[5] * 3, [7] * 20, [9] * 63]  # the last window is full at once, the others later
+    prompts = [[5] * 3, [7] * 20, [9] * 63, *[[2] * 10] * more]  # the third window is full at once, the others later
 
-    def texts(**how: bool) -> list[list[int | None]]:
-        generation = Generation(model, prompts, 150, choice, seeds=range(5, 8), **how)
-        found = []
-        for tokens in generation:
-            found.append(tokens)
-            generation.ended[1] |= len(found) == 20
+    def begun(**how: bool) -> Generation:
+        return Generation(model, prompts, 150, choice, seeds=range(5, 8 + more), **how)
+
+    def texts(*generations: Generation) -> list[list[list[int | None]]]:
+        found: list[list[list[int | None]]] = [[] for _ in generations]
+        for turn in zip(*generations, strict=True):  # in turns, so that they may disturb each other
+            for text, tokens, generation in zip(found, turn, generations, strict=True):
+                text.append(tokens)
+                generation.ended[1] |= len(text) == 20
         return found
 
-    recorded = texts(cuda_graph=True)
-    assert recorded == texts() == texts(cache=False)
-    assert len(recorded) == 150 and [row[1] is None for row in recorded] == [False] * 20 + [True] * 130
+    one, two = texts(begun(cuda_graph=True), begun(cuda_graph=True))
+    assert one == two == texts(begun())[0] == texts(begun(cache=False))[0]
+    assert len(one) == 150 and [row[1] is None for row in one] == [False] * 20 + [True] * 130
 
 
 def test_a_cached_token_costs_one_token_and_not_the_window() -> None:
@@ -295,6 +402,8 @@ def test_the_benchmark_times_both_ways(text_model: GPT, tmp_path: Path, capsys: 
     assert cached > 0 and ratio == pytest.approx(plain / cached, rel=0.05, abs=0.1)
     with pytest.raises(UserError, match=f"--context {context + 1} and 20 tokens"):
         bench_sample.main([*options, "--context", str(context + 1)])
+    with pytest.raises(UserError, match="--prompts and --tokens are 1 or more"):
+        bench_sample.main([*options, "--tokens", "0"])
 
 
 def test_a_device_that_is_not_there_is_one_clear_line(text_model: GPT, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]

@@ -241,12 +241,6 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
 
         return run
 
-    kept = BACKENDS.get(choices.recall(question) or "")
-    if kept is not None:
-        with suppress(Exception):  # what it is made of has changed since: measured again below
-            backend = kept(n_head)
-            both_ways(backend)()
-            return backend
     times: dict[str, float] = {}
     made: dict[str, Attention] = {}
     try:
@@ -254,6 +248,12 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
     except RuntimeError as error:
         print(f"attention by its formula: {str(error).splitlines()[0]}", file=sys.stderr)
         return Attention(n_head)
+    kept = BACKENDS.get(choices.recall(question) or "")
+    if kept is not None:
+        with suppress(Exception):  # what it is made of has changed since: measured again below
+            backend = kept(n_head)
+            _agree(both_ways(backend)(), known)
+            return backend
     exact = torch.are_deterministic_algorithms_enabled()
     for name, kind in BACKENDS.items():
         if exact and (times or name not in DETERMINISTIC):
@@ -273,10 +273,10 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
 
 
 def _versions(device: torch.device) -> dict[str, object]:
-    """Of all that a choice of attention depends on."""
+    """Of what a choice of attention depends on."""
     versions: dict[str, object] = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
     versions["cudnn"] = torch.backends.cudnn.version()
-    for package in ("nvidia-cudnn-frontend", "flash-attn-4"):
+    for package in ("nvidia-cudnn-frontend", "flash-attn-4", "nvidia-cutlass-dsl"):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     return versions

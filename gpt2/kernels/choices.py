@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from gpt2.atomic import write_text
+from gpt2.errors import UserError
 
 FOLDER = "GPT2_CHOICES"
 """environment variable: the folder; without it nothing is kept"""
@@ -40,7 +41,7 @@ def remember(question: Mapping[str, object], answer: str) -> None:
         return
     try:
         write_text(path, json.dumps({"question": _plain(question), "answer": answer}, indent=1))
-    except OSError:
+    except (OSError, UserError):  # no space is a UserError
         return
 
 
