@@ -18,6 +18,7 @@ _TEXT = (pa.string(), pa.large_string(), pa.string_view())
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())  # how some writers store text
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
 _FIRST_ROWS, _MOST_ROWS, _GROWTH = 64, 4096, 8  # of a batch; how many times the rows of the batch before
+_REPEATED = 8  # times as much text as the file has bytes for those rows: it has a text once that many rows have
 _held = threading.local()  # the file a thread read last: its footer is parsed once for all of its units
 
 
@@ -78,10 +79,12 @@ def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
             for record in records:
                 array = _text(record.column(0), unit.name, group, done, bad)
                 done += record.num_rows
-                share = size * done // rows - consumed
-                consumed += share
-                batch = _batch(array, consumed=share, skipped=bad.take())
-                fitting = record.num_rows * BATCH_BYTES // max(1, int(batch.offsets[-1] - batch.offsets[0]))
+                batch = _batch(array, skipped=bad.take())
+                text, even = int(batch.offsets[-1] - batch.offsets[0]), size * record.num_rows // rows
+                share = text if text <= _REPEATED * even else even
+                batch.consumed = size - consumed if done == rows else min(share, size - consumed)
+                consumed += batch.consumed
+                fitting = record.num_rows * BATCH_BYTES // max(1, text)
                 wanted = max(1, min(_GROWTH * wanted, fitting))
                 file.reader.set_batch_size(min(wanted, most))  # Arrow asks for it anew at each batch
                 yield batch

@@ -276,13 +276,19 @@ def test_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tokenize(stage)
 
 
-def test_estimate_is_near(tmp_path: Path) -> None:
-    """Catches stating the disk need of the compressed, or of the first, file."""
+@pytest.mark.parametrize("order", ["as they come", "short ones first", "one text many times"])
+def test_estimate_is_near(tmp_path: Path, order: str) -> None:
+    """Catches stating the disk need of the compressed, or of the first, file; rows taken for equally long; a text that
+    the file has once for many rows counted once."""
     from gpt2.bpe import make_encoder
     from gpt2.corpus import Reading, divide
     from gpt2.tokenize import expected_tokens
 
     rows = texts(4000)
+    if order == "short ones first":
+        rows[:64] = [row[: len(row) // 3] for row in rows[:64]]
+    elif order == "one text many times":
+        rows = [rows[0] * 20] * 4000
     files = [(str(parquet(tmp_path / "a.parquet", rows)), "a.parquet")]
     units, _ = divide(files, Reading("text"))
     about = expected_tokens(units, Reading("text"), make_encoder("tiktoken"))
