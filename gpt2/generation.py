@@ -137,15 +137,15 @@ class Generation:
                 raise UserError("a prompt without tokens: begin with <|endoftext|>, token 50256")
             if not 0 <= min(prompt) <= max(prompt) < vocab_size:
                 raise UserError(f"the prompt has token {max(prompt):,}, the model knows 0 to {vocab_size - 1:,}")
-        self.n_tokens = max(n_tokens, 0)
+        self.n_tokens = n_tokens = max(n_tokens, 0)
         self.choice = choice
         self.stop = frozenset(stop)
         self.windows = [list(prompt[-self.block_size :]) for prompt in prompts]
         self.ended = [False] * len(prompts)
         self._begun = False
         # one generator a row, on the CPU: a row's text depends neither on its neighbours nor on the device's generator
-        dice = [torch.rand(self.n_tokens, generator=torch.Generator().manual_seed(seed), dtype=F64) for seed in seeds]
-        self.dice = torch.stack(dice, dim=1) if dice else torch.empty(self.n_tokens, 0, dtype=F64)  # (n_tokens, R)
+        dice = [torch.rand(n_tokens, generator=torch.Generator().manual_seed(seed), dtype=F64) for seed in seeds]
+        self.dice = torch.stack(dice, dim=1) if dice else torch.empty(n_tokens, 0, dtype=F64)  # (n_tokens, R)
         capacity = min(self.block_size, max(map(len, self.windows), default=1) + n_tokens)
         self.reader: Reader
         self.recorded: RecordedSteps | None = None
@@ -160,7 +160,7 @@ class Generation:
         if self._begun:
             raise RuntimeError("a generation is read once: its windows and its cache have moved on")
         self._begun = True
-        if self.n_tokens < 1 or not self.windows:
+        if not self.n_tokens or not self.windows:
             return
         chosen = self._pick(self.reader.read(range(len(self.windows)), self.windows), 0)
         for turn in range(1, self.n_tokens + 1):

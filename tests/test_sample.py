@@ -339,7 +339,7 @@ def test_a_generation_is_read_once() -> None:
     assert len(list(generation)) == 3
     with pytest.raises(RuntimeError, match="read once"):
         list(generation)
-    for nothing in (0, -1):
+    for nothing in (0, -1, -5):
         assert list(Generation(small_model(), [[1]], nothing, Choice(), seeds=[1], cuda_graph=True)) == []
 
 
