@@ -9,11 +9,9 @@ what happens once (a CUDA graph's recording, first calls) is left out.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 
 from gpt2.errors import UserError
@@ -45,7 +43,7 @@ def seconds_a_token(model: GPT, prompts: int, context: int, tokens: int, *, cach
         model, [prompt] * prompts, wanted, Choice(0.8), seeds=range(prompts), cache=cache, cuda_graph=True
     )
     marks = [time.perf_counter() for _ in generation]  # tokens come as numbers: the device is done with them
-    return statistics.fmean(after - before for before, after in pairwise(marks[-tokens - 1 :]))
+    return (marks[-1] - marks[-1 - tokens]) / tokens
 
 
 def main(argv: Sequence[str] | None = None) -> None:

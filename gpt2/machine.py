@@ -8,6 +8,9 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
+CHOICES = "GPT2_CHOICES"
+"""environment variable: where gpt2.kernels.choices keeps what it is told; without it nothing is kept"""
+
 
 def cpu_count() -> int:
     """Cores this process may use (affinity and cgroup-aware where Python is)."""
@@ -40,6 +43,6 @@ def keep_compiled(store: Path) -> None:
     for variable, name in (
         ("TRITON_CACHE_DIR", "triton"),
         ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
-        ("GPT2_CHOICES", "choices"),  # gpt2.kernels.choices.FOLDER; no torch here
+        (CHOICES, "choices"),
     ):
         os.environ.setdefault(variable, str((store / ".compiled" / name).absolute()))

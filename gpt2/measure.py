@@ -60,7 +60,7 @@ class How(NamedTuple):
     precision: str
     batch_tokens: int
     """input tokens that go through the model at a time, on each process"""
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Literal["auto", "reference"]
 
 
 def how(runtime: Runtime, world: World, block_size: int) -> How:
@@ -71,8 +71,10 @@ def how(runtime: Runtime, world: World, block_size: int) -> How:
     """
     precision = "fp32" if runtime.precision == "auto" else runtime.precision
     if runtime.micro_batch_size == "auto":
-        return How(precision, max(block_size, BATCH_TOKENS.get(world.device.type, 4096)), runtime.kernels)
-    return How(precision, runtime.micro_batch_size * block_size, runtime.kernels)
+        batch_tokens = max(block_size, BATCH_TOKENS.get(world.device.type, 4096))
+    else:
+        batch_tokens = runtime.micro_batch_size * block_size
+    return How(precision, batch_tokens, runtime.kernels)
 
 
 class Measurement:

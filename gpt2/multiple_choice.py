@@ -75,7 +75,7 @@ def sequence_sums(
     """
     context = model.config.block_size
     segments, groups, was_cut, need_greedy = _segments(examples, context)
-    rows = join(examples.tokens, segments, groups, context)
+    rows, inputs = join(examples.tokens, segments, groups, context), segments.inputs()
     losses = torch.zeros(len(segments.end), dtype=torch.float64)
     greedy = torch.zeros(len(segments.end), dtype=torch.float64)
     was_training = model.training
@@ -92,7 +92,7 @@ def sequence_sums(
         if likeliest is not None:
             greedy.index_add_(0, owner, likeliest.double().cpu())
         if on_tokens is not None:
-            on_tokens(int(segments.inputs()[np.unique(batch.segment)].sum()))
+            on_tokens(int(inputs[np.unique(batch.segment)].sum()))
     model.train(was_training)
     sums = world.all_reduce(torch.stack([losses, greedy]).to(world.device)).cpu().numpy()
     rows_in_all = len(examples.scored)

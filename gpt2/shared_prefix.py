@@ -2,7 +2,7 @@
 
 A token sees the common beginning and, of the rest, what stands before it in its own alternative; positions count as if
 each alternative stood alone. So every hidden state is what it would be alone, up to rounding, and the beginning costs
-once what it would cost for each: half of all tokens in HellaSwag, three quarters in CORE's prompts with examples.
+once what it would cost for each: of HellaSwag's 3,285,300 input tokens 1,731,888 are left.
 """
 
 from __future__ import annotations
@@ -31,9 +31,7 @@ class Layout(NamedTuple):
     chosen: Tensor  # (N,) of the flattened (B T,) places, those that predict a scored token
     targets: Tensor  # (N,) the tokens to predict
     segment: NDArray[np.int64]  # (N,) to which each belongs
-
-    branched: bool
-    """whether any row has a common beginning"""
+    branched: bool  # whether any row has a common beginning
 
     def to(self, device: torch.device) -> Layout:
         """The same on `device`."""

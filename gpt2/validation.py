@@ -85,6 +85,7 @@ def val_loss(
     sums = torch.zeros(windows, dtype=torch.float64, device=world.device)
     was_training = model.training
     model.eval()
+    losses_of = losses_of or partial(token_losses, model)
     for first in range(world.rank * micro_batch_size, windows, world.size * micro_batch_size):
         # one shape for every batch: what is past the end has no targets, and no token sees what is to its right
         idx = torch.zeros(micro_batch_size * T, dtype=torch.int64)
@@ -93,9 +94,8 @@ def val_loss(
         idx[:there] = stream[first * T : first * T + there]
         targets[:there] = stream[first * T + 1 : first * T + there + 1]
         with autocast(world.device, precision):
-            losses = (losses_of or partial(token_losses, model))(
-                idx.view(-1, T).to(world.device), targets.view(-1, T).to(world.device)
-            )  # (micro_batch_size, T)
+            # (micro_batch_size, T)
+            losses = losses_of(idx.view(-1, T).to(world.device), targets.view(-1, T).to(world.device))
         mine = slice(first, min(first + micro_batch_size, windows))
         sums[mine] = losses.double().sum(dim=1)[: mine.stop - mine.start]
         if on_tokens is not None:

@@ -64,7 +64,7 @@ def ensure_experiment(mlflow: MlflowClient, store: Path, uri: str) -> str:
 
 
 def find_or_create(
-    mlflow: MlflowClient, store: Path, uri: str, identity: str, name: str, tags: Mapping[str, str] | None = None
+    mlflow: MlflowClient, store: Path, uri: str, identity: str, name: str, tags: Mapping[str, str]
 ) -> Run:
     """The run with that identity, the oldest if there are several; made under `name` with `tags` if there is none.
 
@@ -76,12 +76,10 @@ def find_or_create(
         found = mlflow.search_runs(
             [experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["attributes.start_time ASC"]
         )
-        # with its tags from the first moment, or a later call would not find it
-        return (
-            found[0]
-            if found
-            else mlflow.create_run(experiment, run_name=name, tags={IDENTITY: identity, **(tags or {})})
-        )
+        if found:
+            return found[0]
+        # with its identity from the first moment, or a later call would not find it
+        return mlflow.create_run(experiment, run_name=name, tags={IDENTITY: identity, **tags})
 
 
 @contextmanager

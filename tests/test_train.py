@@ -16,9 +16,8 @@ from tiny_run import CONFIG, assert_same, faulty, lines, make_run, make_shards, 
 from gpt2.anomaly import Anomalies, z_score
 from gpt2.checkpoint import load_model, save_model
 from gpt2.config import AnomalyConfig, ModelConfig, TrainConfig
-from gpt2.kernels.choices import FOLDER
 from gpt2.loader import Loader
-from gpt2.machine import keep_compiled
+from gpt2.machine import CHOICES, keep_compiled
 from gpt2.manifest import TrainFacts
 from gpt2.model import GPT
 from gpt2.optim import learning_rate
@@ -269,10 +268,10 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(tmp_path: Path, finished: Path
 def test_compiled_code_is_kept_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: each new container compiles everything again; or a folder that the user has chosen is not used."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", FOLDER):
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", CHOICES):
         monkeypatch.setenv(variable, "")  # noted as not there, for the end of the test
         monkeypatch.delenv(variable)
     keep_compiled(tmp_path)
     assert os.environ["TRITON_CACHE_DIR"] == "/chosen"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".compiled" / "inductor")
-    assert os.environ[FOLDER] == str(tmp_path / ".compiled" / "choices")
+    assert os.environ[CHOICES] == str(tmp_path / ".compiled" / "choices")

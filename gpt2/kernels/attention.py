@@ -224,9 +224,8 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
     """The backend that is quickest forward and backward at (B, T) on this GPU; the formula on a CPU.
 
     What was found at an earlier start stands (`choices`). Those that the GPU or the installation does not have are
-    passed over; if all are, the formula is used. Where torch
-    is asked for deterministic algorithms, the first that works of those that have one: measurements are not the same
-    twice.
+    passed over; if all are, the formula is used. Where torch is asked for deterministic algorithms, the first that
+    works of those that have one: measurements are not the same twice.
     """
     if device.type != "cuda":
         return Attention(n_head)
@@ -274,8 +273,11 @@ def choose(n_head: int, n_embd: int, B: int, T: int, device: torch.device) -> At
 
 def _versions(device: torch.device) -> dict[str, object]:
     """Of what a choice of attention depends on."""
-    versions: dict[str, object] = {"gpu": torch.cuda.get_device_name(device), "torch": torch.__version__}
-    versions["cudnn"] = torch.backends.cudnn.version()
+    versions: dict[str, object] = {
+        "gpu": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version(),
+    }
     for package in ("nvidia-cudnn-frontend", "flash-attn-4", "nvidia-cutlass-dsl"):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)

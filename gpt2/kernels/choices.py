@@ -17,9 +17,7 @@ import torch
 
 from gpt2.atomic import write_text
 from gpt2.errors import UserError
-
-FOLDER = "GPT2_CHOICES"
-"""environment variable: the folder; without it nothing is kept"""
+from gpt2.machine import CHOICES
 
 
 def recall(question: Mapping[str, object]) -> str | None:
@@ -46,7 +44,7 @@ def remember(question: Mapping[str, object], answer: str) -> None:
 
 
 def _path(question: Mapping[str, object]) -> Path | None:
-    folder = os.environ.get(FOLDER)
+    folder = os.environ.get(CHOICES)
     if not folder or torch.are_deterministic_algorithms_enabled():
         return None
     name = hashlib.sha256(json.dumps(_plain(question), sort_keys=True).encode()).hexdigest()[:16]

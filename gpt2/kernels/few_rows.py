@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.kernels.gelu import tanh_of_inner
+from gpt2.kernels.gelu import gelu
 from gpt2.kernels.triton_or_none import tl, triton, usable
 from gpt2.kv_cache import CachedReader
 from gpt2.model import LAYER_NORM_EPS
@@ -45,7 +45,7 @@ class FewRows:
 
     def __init__(self, reader: CachedReader) -> None:
         rows, nh, capacity, hs = reader.k[0].shape
-        self.reader, self.model = reader, reader.model
+        self.reader = reader
         self.chunks = triton.cdiv(capacity, CHUNK)
         new = reader.wte.new_empty
         self.q, self.h = new(rows, nh * hs), new(rows, 4 * nh * hs)
@@ -55,10 +55,11 @@ class FewRows:
 
     def step(self, idx: Tensor, positions: Tensor) -> Tensor:
         """Logits (rows, vocab_size) of what follows idx (rows,) at positions (rows,); valid until the next call."""
-        t, reader = self.model.transformer, self.reader
+        reader = self.reader
+        t = reader.model.transformer
         rows, nh, capacity, hs = reader.k[0].shape
         x = F.embedding(idx, t.wte.weight) + F.embedding(positions, t.wpe.weight)  # (rows, C)
-        for layer, block in enumerate(self.model.blocks):
+        for layer, block in enumerate(reader.model.blocks):
             k, v = reader.k[layer], reader.v[layer]
             self._linear(x, block.attn.c_attn, self.q, norm=block.ln_1, cache=(k, v, positions))
             _attend[(rows * nh, self.chunks)](
@@ -144,7 +145,7 @@ def _product(
         if BIAS:
             y += bias
         if GELU:
-            y = 0.5 * y * (1.0 + tanh_of_inner(y))
+            y = gelu(y)
         if ADD:
             y += tl.load(out + r * N + n, mask=in_n, other=0.0)
         if CACHE:

@@ -32,16 +32,22 @@ def backward(da: Tensor, u: Tensor) -> Tensor:
 
 
 @triton.jit
-def tanh_of_inner(u):
+def _tanh_of_inner(u):
     inner = 0.7978845608028654 * u * (1.0 + 0.044715 * u * u)
     return 2.0 / (1.0 + tl.exp(-2.0 * inner)) - 1.0  # exp overflows to inf at the far left, which gives -1
+
+
+@triton.jit
+def gelu(u):
+    """The formula, for other kernels too; u fp32."""
+    return 0.5 * u * (1.0 + _tanh_of_inner(u))
 
 
 @triton.jit
 def _gelu_forward(u, out, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(u + at, mask=at < n, other=0.0).to(tl.float32)
-    tl.store(out + at, (0.5 * x * (1.0 + tanh_of_inner(x))).to(out.dtype.element_ty), mask=at < n)
+    tl.store(out + at, gelu(x).to(out.dtype.element_ty), mask=at < n)
 
 
 @triton.jit
@@ -49,6 +55,6 @@ def _gelu_backward(da, u, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(u + at, mask=at < n, other=0.0).to(tl.float32)
     d = tl.load(da + at, mask=at < n, other=0.0).to(tl.float32)
-    t = tanh_of_inner(x)
+    t = _tanh_of_inner(x)
     slope = 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * x * x)
     tl.store(da + at, (d * slope).to(da.dtype.element_ty), mask=at < n)
