@@ -40,6 +40,7 @@ KINDS = {
     "LayerNorm": ("layer_norm",),
     "bias gradients": ("row_sum",),
     "GELU": ("gelu",),
+    "8-bit copies": ("fp8_copies",),
     "cross-entropy": ("cross_entropy", "log_softmax", "nll_loss"),
     "embeddings": ("embedding", "index"),
     "optimizer and gradient norm": ("adam", "norm", "multi_tensor"),
@@ -95,6 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="124m", help="a recipe of conf/")
     parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
     parser.add_argument("--compile", action="store_true", help="with --kernels reference: torch.compile it")
+    parser.add_argument("--fp8-head", action="store_true", help="runtime.fp8_head")
     parser.add_argument("--micro-batch-size", type=int, help="sequences; default: as training begins to try them")
     parser.add_argument("--sharding", choices=("auto", "ddp", "zero1", "fsdp"), default="auto")
     parser.add_argument("--beside", type=Path, help="figures of one process (--json), for the scaling efficiency")
@@ -119,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load(arguments.size, overrides).train
     runtime = Runtime(
         kernels=arguments.kernels,
+        fp8_head=arguments.fp8_head,
         compile=arguments.compile or ("auto" if arguments.kernels == "auto" else False),
         sharding=arguments.sharding,
         micro_batch_size=arguments.micro_batch_size or "auto",
@@ -185,7 +188,10 @@ def speed(config: TrainConfig, runtime: Runtime, world: World, steps: int) -> di
         figures |= {f"ms of {kind}": ms for kind, ms in work.items()}
     if isinstance(loop.loss, FastGPT) and world.is_main:
         engine = loop.loss.engine
-        print(f"products: {engine.linear.name}, attention: {engine.attention.name}, recomputed: {engine.recompute}")
+        print(
+            f"products: {engine.linear.name}, attention: {engine.attention.name}, recomputed: {engine.recompute}, "
+            f"head: {loop.loss.head.name}"
+        )
     return figures
 
 

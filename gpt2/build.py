@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,8 @@ from gpt2.checkpoint import Snapshot, TrainState
 from gpt2.config import Runtime, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
-from gpt2.fast import accelerate
+from gpt2.fast import FastGPT, accelerate
+from gpt2.kernels.head import Fp8Head
 from gpt2.model import GPT
 from gpt2.parallel import MOMENTS, LossFn, Parallel, Replicas
 from gpt2.weights import load_hf
@@ -20,11 +23,22 @@ def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel
     with torch.device("meta"):
         model = GPT(config.model)
     model.checkpoint_blocks = runtime.activation_checkpointing is True
+    parallel: Parallel
     if runtime.sharding == "fsdp":
-        return _sharded(model, config, runtime, world)
-    model.to_empty(device=world.device)
-    parallel = Replicas(model, config.optim, world, zero1=runtime.sharding == "zero1")
-    return parallel, accelerate(model, runtime, world.device)
+        parallel, loss_fn = _sharded(model, config, runtime, world)
+    else:
+        model.to_empty(device=world.device)
+        parallel = Replicas(model, config.optim, world, zero1=runtime.sharding == "zero1")
+        loss_fn = accelerate(model, runtime, world.device)
+    if runtime.fp8_head and not isinstance(loss_fn, FastGPT):
+        print("runtime.fp8_head changes nothing here: only the fused kernels have such a head", file=sys.stderr)
+    return parallel, loss_fn
+
+
+def precision(runtime: Runtime, loss_fn: LossFn) -> str:
+    """What a run computes in, for those who read of it."""
+    in_8_bits = isinstance(loss_fn, FastGPT) and isinstance(loss_fn.head, Fp8Head)
+    return f"{runtime.precision}, head in fp8" if in_8_bits else runtime.precision
 
 
 def _sharded(model: GPT, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:

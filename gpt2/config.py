@@ -271,6 +271,10 @@ class Runtime(Section):
         "auto"
     )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    fp8_head: Annotated[
+        bool,
+        Field(description="the head's products in 8-bit floats where the GPU has them: faster, far coarser rounding"),
+    ] = False
     compile: bool | Auto = "auto"
     sharding: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
     activation_checkpointing: bool | Auto = "auto"

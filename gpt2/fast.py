@@ -24,6 +24,7 @@ from gpt2.config import ModelConfig, Runtime
 from gpt2.kernels import attention, cross_entropy, cublaslt, embedding, layer_norm, linear, triton_or_none
 from gpt2.kernels.block import UNITS_KEPT, BlockFunction, Engine, Recompute, Weights, add_to, give, take
 from gpt2.kernels.block import forward as block_forward
+from gpt2.kernels.head import Fp8Head, Head
 from gpt2.model import GPT, IGNORE, LAYER_NORM_EPS
 
 EVAL_CHUNK = 16_384
@@ -57,21 +58,19 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, owner: FastGPT, x: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
         h, mean, rstd = layer_norm.forward(x, owner.ln_f.weight, owner.ln_f.bias, LAYER_NORM_EPS)
-        logits = owner.engine.linear.forward(h, owner.wte_copy)  # (N, V padded)
         scored = (targets != IGNORE).sum().to(torch.promote_types(x.dtype, torch.float32)).clamp_min(1)
-        losses = cross_entropy.losses(logits, targets, owner.config.vocab_size, scored)
-        ctx.owner, ctx.dlogits = owner, logits  # no longer logits: the gradient has taken their place
+        losses, ctx.from_head = owner.head.losses(h, targets, scored)
+        ctx.owner = owner
         ctx.save_for_backward(x, h, mean, rstd)
         return losses.sum() / scored
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         owner, (x, h, mean, rstd) = ctx.owner, ctx.saved_tensors
-        dlogits, ctx.dlogits = ctx.dlogits, None
+        from_head, ctx.from_head = ctx.from_head, None
         owner.dwte, holds = take(owner.wte)
-        owner.engine.linear.weight_grad_(owner.dwte, holds, dlogits, h, scale=dloss)
-        dh = owner.engine.linear.input_grad(dlogits, owner.wte_copy)
-        del dlogits
+        dh = owner.head.backward(from_head, h, owner.dwte, holds, dloss)
+        del from_head
         dx, dweight, dbias, dx_sum = layer_norm.backward(dh, None, x, mean, rstd, owner.ln_f.weight, scale=dloss)
         owner.engine.passing = dx, dx_sum
         dweight, dbias = add_to([owner.ln_f.weight, owner.ln_f.bias], [dweight, dbias])
@@ -84,6 +83,7 @@ class FastGPT(nn.Module):
     Args:
         recompute: what the backward pass computes again; None decides by the memory that is free at the first batch.
         dtype: of activations and matrix products; the parameters' own in tests.
+        head: how the head's products are made.
     """
 
     def __init__(
@@ -92,6 +92,7 @@ class FastGPT(nn.Module):
         products: linear.Linear,
         recompute: Recompute | None = None,
         dtype: torch.dtype = torch.bfloat16,
+        head: type[Head] = Head,
     ) -> None:
         super().__init__()
         self.model, self.config, self.dtype = model, model.config, dtype
@@ -111,6 +112,7 @@ class FastGPT(nn.Module):
         self._copies = [p.detach() if p.dtype == dtype else torch.empty_like(p, dtype=dtype) for p in self._masters]
         copies = dict(zip(self._masters, self._copies, strict=True))
         self.wte_copy = copies[self.wte]
+        self.head = head(products, self.wte_copy, self.config.vocab_size)
         self._blocks = [Weights(block, copies) for block in model.blocks]
 
     @property
@@ -161,6 +163,7 @@ class FastGPT(nn.Module):
         if self.wte.grad is None or not torch.is_grad_enabled() or versions != self._versions:
             with torch.no_grad():
                 torch._foreach_copy_(self._copies, self._masters)
+            self.head.renew()
             self._versions = [p._version for p in self._masters]
 
     def _that_fits(self, tokens: int) -> Recompute:
@@ -170,15 +173,20 @@ class FastGPT(nn.Module):
         free += torch.cuda.memory_reserved(self.wte.device) - torch.cuda.memory_allocated(self.wte.device)
         free -= 4 * self.config.n_params() if self.wte.grad is None else 0  # gradients; the moments lie there already
         levels: tuple[Recompute, ...] = ("none", "cheap")
-        return next((level for level in levels if activation_bytes(self.config, tokens, level) < 0.95 * free), "block")
+        return next((level for level in levels if self._bytes(tokens, level) < 0.95 * free), "block")
+
+    def _bytes(self, tokens: int, recompute: Recompute) -> int:
+        return activation_bytes(self.config, tokens, recompute, self.head.bytes_a_logit)
 
 
-def activation_bytes(config: ModelConfig, tokens: int, recompute: Recompute = "none") -> int:
+def activation_bytes(
+    config: ModelConfig, tokens: int, recompute: Recompute = "none", bytes_a_logit: int = Head.bytes_a_logit
+) -> int:
     """Memory of one micro-batch, beside the parameters and what belongs to them: what the blocks keep, the logits, and
     what one block needs while it runs."""
     unit = 2 * tokens * config.n_embd
     blocks = config.n_layer * (UNITS_KEPT[recompute] * unit + tokens * (4 * config.n_head + 16))
-    return blocks + 2 * tokens * config.padded_vocab_size + 16 * unit
+    return blocks + bytes_a_logit * tokens * config.padded_vocab_size + 16 * unit
 
 
 class Reference(nn.Module):
@@ -213,7 +221,9 @@ def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
     obstacle = _obstacle(model, runtime, device, bf16)
     if obstacle is None:
         recompute: dict[bool | str, Recompute | None] = {True: "block", False: "none", "auto": None}
-        return FastGPT(model, _products(device), recompute[runtime.activation_checkpointing])
+        products = _products(device)
+        head = _head(model.config, runtime, device, products)
+        return FastGPT(model, products, recompute[runtime.activation_checkpointing], head=head)
     print(f"the plain path is used, not the fast one: {obstacle}", file=sys.stderr)
     model.checkpoint_blocks = runtime.activation_checkpointing is True
     if runtime.compile is not False and triton_or_none.AVAILABLE:
@@ -227,6 +237,22 @@ def _products(device: torch.device) -> linear.Linear:
     except (cublaslt.CublasLtError, AttributeError) as error:
         print(f"matrix products by torch, their surroundings in passes of their own: {error}", file=sys.stderr)
         return linear.Linear()
+
+
+def _head(config: ModelConfig, runtime: Runtime, device: torch.device, products: linear.Linear) -> type[Head]:
+    if not runtime.fp8_head:
+        return Head
+    obstacle = None
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        obstacle = f"{torch.cuda.get_device_name(device)} has no 8-bit floats"
+    elif not isinstance(products, linear.FusedLinear):
+        obstacle = "cuBLASLt is not used"
+    elif config.n_embd % Fp8Head.MULTIPLE or config.padded_vocab_size % Fp8Head.MULTIPLE:
+        obstacle = f"n_embd {config.n_embd} or the padded vocabulary is not a multiple of {Fp8Head.MULTIPLE}"
+    if obstacle is None:
+        return Fp8Head
+    print(f"the head stays in bf16: {obstacle}", file=sys.stderr)
+    return Head
 
 
 def _obstacle(model: GPT, runtime: Runtime, device: torch.device, bf16: bool) -> str | None:

@@ -38,11 +38,13 @@ def gpu_names() -> tuple[str, ...]:
 
 
 def keep_compiled(store: Path) -> None:
-    """Have Triton and torch.compile keep what they compile beside the stages, and the kernels what they measured, so
-    that the next start does neither, in a new container too. A place that the user has set stands."""
+    """Have Triton, torch.compile and FlashAttention-4 keep what they compile beside the stages, and the kernels what
+    they measured, so that the next start does neither, in a new container too. What the user has set stands."""
     for variable, name in (
         ("TRITON_CACHE_DIR", "triton"),
         ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "flash-attn-4"),
         (CHOICES, "choices"),
     ):
         os.environ.setdefault(variable, str((store / ".compiled" / name).absolute()))
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")

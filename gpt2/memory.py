@@ -16,6 +16,8 @@ from gpt2.config import ModelConfig, Runtime, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.fast import activation_bytes
+from gpt2.kernels.block import Recompute
+from gpt2.kernels.head import Fp8Head, Head
 from gpt2.parallel import LossFn, Parallel
 
 Sharding = Literal["ddp", "zero1", "fsdp"]
@@ -57,11 +59,17 @@ class Layout(NamedTuple):
 
 
 def layout(
-    model: ModelConfig, precision: str, size: int, sharding: Sharding, recompute: bool, *, fused: bool = False
+    model: ModelConfig,
+    precision: str,
+    size: int,
+    sharding: Sharding,
+    recompute: bool,
+    *,
+    head: type[Head] | None = None,
 ) -> Layout:
-    """Estimate one way, with the fused kernels of gpt2.fast or without. fp32 weights and gradients are 4 bytes a
-    parameter each, AdamW's moments 8, and bf16 copies of the weights 2: 18 together; zero1 divides the moments by the
-    processes, fsdp everything but what is gathered."""
+    """Estimate one way, with the fused kernels of gpt2.fast if `head` is given, else without. fp32 weights and
+    gradients are 4 bytes a parameter each, AdamW's moments 8, and bf16 copies of the weights 2: 18 together; zero1
+    divides the moments by the processes, fsdp everything but what is gathered."""
     n, C, V, T = model.n_params(), model.n_embd, model.padded_vocab_size, model.block_size
     copies = 2 if precision == "bf16" else 0
     if sharding == "fsdp":
@@ -71,8 +79,9 @@ def layout(
         fixed = n * (8 + copies + 8 / size)
     else:
         fixed = n * (16 + copies)
-    if fused and sharding != "fsdp":
-        return Layout(sharding, recompute, fixed, activation_bytes(model, T, "block" if recompute else "none"))
+    if head is not None and sharding != "fsdp":
+        level: Recompute = "block" if recompute else "none"
+        return Layout(sharding, recompute, fixed, activation_bytes(model, T, level, head.bytes_a_logit))
     kept = BLOCK_BYTES[precision] * C
     blocks = model.n_layer * RESIDUAL_BYTES * C + kept if recompute else model.n_layer * kept
     return Layout(sharding, recompute, fixed, T * (blocks + V * LOGIT_BYTES[precision]))
@@ -103,8 +112,10 @@ def choose(config: TrainConfig, runtime: Runtime, world: World, free: float | No
     available = PLENTY if free is None else free * (1 - RESERVE)
     each = -(-sequences // world.size)
 
-    fused = on_gpu and precision == "bf16" and runtime.kernels == "auto"
-    ways = [layout(config.model, precision, world.size, *way, fused=fused) for way in _ways(runtime, world)]
+    head = None  # of the fused kernels
+    if on_gpu and precision == "bf16" and runtime.kernels == "auto":
+        head = Fp8Head if runtime.fp8_head else Head
+    ways = [layout(config.model, precision, world.size, *way, head=head) for way in _ways(runtime, world)]
     wanted = min(each, -(-WORTHWHILE_TOKENS // config.model.block_size))
     if runtime.micro_batch_size != "auto":
         wanted = min(each, runtime.micro_batch_size)

@@ -1,4 +1,4 @@
-"""Cross-entropy over logits whose last columns are padding, with the gradient written over the logits."""
+"""Cross-entropy over logits whose last columns are padding, with the gradient written over the logits or beside."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (the arguments of Triton kernels are pointers and numbers of its own)
@@ -16,33 +16,41 @@ BLOCK, WARPS = 16384, 32
 """logits and warps a program works with at a time: few programs at once, so that their rows stay in the L2 cache"""
 
 
-def losses(logits: Tensor, targets: Tensor, vocab_size: int, scored: Tensor | None = None) -> Tensor:
+def losses(
+    logits: Tensor,
+    targets: Tensor,
+    vocab_size: int,
+    divisor: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> Tensor:
     """-log softmax(logits[:, :vocab_size])[target] of each row, in nats; 0 where the target is IGNORE.
 
     Args:
         logits: (N, V) contiguous, V >= vocab_size.
         targets: (N,) int64.
-        scored: one fp32 element, the number of scored rows. If given, the gradient of sum(losses) / scored takes the
-            place of the logits, with 0 in the padded columns; else the logits stay.
+        divisor: one fp32 element. If given, the gradient of sum(losses) / divisor is written, with 0 in the padded
+            columns.
+        gradient: where to, (N, V) contiguous; None: over the logits, which stay otherwise.
 
     Returns:
         (N,) fp32 (fp64 for fp64 logits).
     """
     N, V = logits.shape
+    place = logits if gradient is None else gradient
     if not usable(logits):
         wide = logits[:, :vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
         out = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="none")
-        if scored is not None:
+        if divisor is not None:
             p = wide.softmax(1)
             p.scatter_add_(1, targets.clamp_min(0)[:, None], p.new_full((N, 1), -1.0))
-            p *= (targets != IGNORE)[:, None] / scored
-            logits.zero_()
-            logits[:, :vocab_size] = p.to(logits.dtype)
+            p *= (targets != IGNORE)[:, None] / divisor
+            place.zero_()
+            place[:, :vocab_size] = p.to(place.dtype)
         return out
     out = torch.empty(N, dtype=torch.float32, device=logits.device)
     _cross_entropy[(N,)](
-        logits, targets, out, out if scored is None else scored, VOCAB=vocab_size, V=V, GRADIENT=scored is not None,
-        IGNORED=IGNORE, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
+        logits, targets, out, out if divisor is None else divisor, place, VOCAB=vocab_size, V=V,
+        GRADIENT=divisor is not None, IGNORED=IGNORE, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -52,7 +60,8 @@ def _cross_entropy(
     logits,
     targets,
     out,
-    scored,
+    divisor,
+    gradient,
     VOCAB: tl.constexpr,
     V: tl.constexpr,
     GRADIENT: tl.constexpr,
@@ -64,6 +73,7 @@ def _cross_entropy(
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     logits += row * V
+    gradient += row * V
     target = tl.load(targets + row)
     counted = target != IGNORED
     chosen = tl.load(logits + target, mask=counted, other=0.0).to(tl.float32)
@@ -92,15 +102,15 @@ def _cross_entropy(
     lse = tl.log2(total) + reference  # to base 2, as `reference` is
     tl.store(out + row, tl.where(counted, lse / LOG2E - chosen, 0.0))
     if GRADIENT:
-        scale = tl.where(counted, 1.0 / tl.load(scored), 0.0)
+        scale = tl.where(counted, 1.0 / tl.load(divisor), 0.0)
         shift = lse - tl.log2(scale)  # exp2(v - shift) is the probability times the scale; 0 where the scale is 0
         for start in range(0, WHOLE, BLOCK):  # the row was just read: it comes from the L2 cache
             v = tl.load(logits + start + lanes).to(tl.float32)
-            tl.store(logits + start + lanes, tl.exp2(v * LOG2E - shift).to(logits.dtype.element_ty))
+            tl.store(gradient + start + lanes, tl.exp2(v * LOG2E - shift).to(gradient.dtype.element_ty))
         for start in range(WHOLE, V, BLOCK):
             cols = start + lanes
             v = tl.load(logits + cols, mask=cols < VOCAB, other=float("-inf")).to(tl.float32)
-            tl.store(logits + cols, tl.exp2(v * LOG2E - shift).to(logits.dtype.element_ty), mask=cols < V)
+            tl.store(gradient + cols, tl.exp2(v * LOG2E - shift).to(gradient.dtype.element_ty), mask=cols < V)
         tl.debug_barrier()  # the target's own place is written last
         own = tl.exp2(chosen * LOG2E - shift) - scale
-        tl.store(logits + target, own.to(logits.dtype.element_ty), mask=counted)
+        tl.store(gradient + target, own.to(gradient.dtype.element_ty), mask=counted)

@@ -15,7 +15,7 @@ import struct
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from ctypes import byref, c_float, c_int, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import byref, c_float, c_int, c_int8, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,10 +27,16 @@ from torch import Tensor
 from gpt2.kernels import choices
 
 DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192  # cublasLtEpilogue_t
-_COMPUTE_32F, _R_32F, _R_16BF = 68, 0, 14
-_POINTER_MODE, _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD, _BIAS_TYPE = 2, 3, 4, 7, 8, 11, 12, 26
+_COMPUTE_32F, _R_32F, _R_16BF, _R_8F_E4M3, _R_8F_E5M2 = 68, 0, 14, 28, 29
+_POINTER_MODE, _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD = 2, 3, 4, 7, 8, 11, 12
+_FAST_ACCUM, _BIAS_TYPE = 25, 26
 _MAX_WORKSPACE = 1  # of cublasLtMatmulPreferenceAttributes_t
-_TYPES = {torch.float32: _R_32F, torch.bfloat16: _R_16BF}
+_TYPES = {
+    torch.float32: _R_32F,
+    torch.bfloat16: _R_16BF,
+    torch.float8_e4m3fn: _R_8F_E4M3,
+    torch.float8_e5m2: _R_8F_E5M2,
+}
 WORKSPACE_BYTES = 64 << 20  # split-K keeps its parts here; NVIDIA advises 32 MiB or more for Hopper
 _ALGORITHM = struct.Struct("8Q")  # cublasLtMatmulAlgo_t, which may be kept for the same version of the library
 CANDIDATES = 8
@@ -106,14 +112,17 @@ class CublasLt:
         epilogue: int = DEFAULT,
         bias: Tensor | None = None,
         aux: Tensor | None = None,
+        fast: bool = False,
     ) -> Tensor:
         """out = epilogue(scale * op(a) @ op(b) + add); out is returned.
 
         Args:
-            a, b: 2-D bf16 with unit stride in the last dimension; op transposes where trans_* says so.
+            a, b: 2-D bf16 with unit stride in the last dimension; op transposes where trans_* says so. Or 8-bit floats,
+                at most one of them e5m2, with trans_b alone and all sizes multiples of 16.
             out: (m, n) contiguous, bf16 or fp32.
             add: (m, n), of out's type; may be `out` itself, which is then accumulated into.
             scale: one fp32 element on the device.
+            fast: of 8-bit floats: sums may be kept in fewer bits than fp32 has.
             epilogue: BIAS, GELU_AUX_BIAS (also writes the sum with the bias to `aux`) or DGELU (`aux` is that sum).
 
         Raises:
@@ -124,10 +133,11 @@ class CublasLt:
         key = (
             m, n, k, trans_a, trans_b, a.stride(0), b.stride(0), out.dtype, epilogue, add is not None,
             add is not None and add.data_ptr() == out.data_ptr(), scale is not None, bias is not None and bias.dtype,
+            a.dtype, b.dtype, fast,
         )  # fmt: skip
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._make_plan(key, a, b, out, trans_a, trans_b, add, scale, epilogue, bias, aux)
+            plan = self._make_plan(key, a, b, out, trans_a, trans_b, add, scale, epilogue, bias, aux, fast)
             self._plans[key] = plan
         self._set_pointers(plan.desc, bias, aux)
         self._launch(plan, a, b, out, add, scale)
@@ -153,12 +163,15 @@ class CublasLt:
     def _make_plan(
         self, key: tuple[object, ...], a: Tensor, b: Tensor, out: Tensor, trans_a: bool, trans_b: bool,
         add: Tensor | None, scale: Tensor | None, epilogue: int, bias: Tensor | None, aux: Tensor | None,
+        fast: bool,
     ) -> _Plan:  # fmt: skip
         desc = c_void_p()
         _check(self._lib.cublasLtMatmulDescCreate(byref(desc), c_int(_COMPUTE_32F), c_int(_R_32F)), "DescCreate")
         self._set(desc, _TRANSA, c_int32(trans_b))  # our b is the library's A
         self._set(desc, _TRANSB, c_int32(trans_a))
         self._set(desc, _EPILOGUE, c_uint32(epilogue))
+        if fast:
+            self._set(desc, _FAST_ACCUM, c_int8(1))
         if scale is not None:
             self._set(desc, _POINTER_MODE, c_int32(1))  # alpha and beta lie on the device
         if aux is not None:

@@ -53,6 +53,19 @@ class Linear:
         else:
             dweight.copy_(product)
 
+    def fp8_(
+        self, out: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, accumulate: bool = False, fast: bool = False
+    ) -> Tensor:
+        """out (M, N) = or += scale * a b^T of 8-bit a (M, K) and b (N, K); out is returned.
+
+        Args:
+            scale: one fp32 element on the device.
+            fast: for K up to a few thousand: sums may be kept in fewer bits than fp32 has (about 14 on Hopper).
+        """
+        exact = torch.promote_types(out.dtype, torch.float32)
+        product = a.to(exact) @ b.to(exact).t() * scale
+        return out.add_(product) if accumulate else out.copy_(product)
+
 
 class FusedLinear(Linear):
     """cuBLASLt with epilogues, the algorithm of each product chosen by measurement when it first comes up.
@@ -92,3 +105,8 @@ class FusedLinear(Linear):
         self, dweight: Tensor, accumulate: bool, dy: Tensor, x: Tensor, scale: Tensor | None = None
     ) -> None:
         self._lt.matmul(dy, x, dweight, trans_a=True, add=dweight if accumulate else None, scale=scale)
+
+    def fp8_(
+        self, out: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, accumulate: bool = False, fast: bool = False
+    ) -> Tensor:
+        return self._lt.matmul(a, b, out, trans_b=True, add=out if accumulate else None, scale=scale, fast=fast)
