@@ -9,6 +9,8 @@ override PROMPT := $(value PROMPT)
 override OUT    := $(value OUT)
 override MODEL  := $(value MODEL)
 export PROMPT OUT MODEL
+# What the project is installed with beside itself: on a machine with an NVIDIA driver, what its kernels use there.
+EXTRAS ?= $(shell command -v nvidia-smi >/dev/null && echo '[gpu]')
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -52,11 +54,11 @@ down: $(BIN)/.installed ## stop what `make up` started
 	$(BIN)/python -m flows.services down $(ARGS)
 
 test: lint ## everything that needs no GPU
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q -n 2
 	$(BIN)/python -m pytest -m "slow and not gpu" -q -n 2 --dist loadfile
 
 test-fast: $(BIN)/.installed-test ## the tests to run at every change
-	$(BIN)/python -m pytest -m "not slow and not gpu" -q -x
+	$(BIN)/python -m pytest -m "not slow and not gpu" -q -x -n 2
 
 lint: $(BIN)/.installed-test ## ruff, mypy, import-linter
 	$(BIN)/ruff check .

@@ -99,7 +99,7 @@ def check(
             of a difference is to be expected from nothing.
 
     Returns:
-        differences over the steps, in nats: mean, mean of the last quarter, mean and largest without sign.
+        differences over the steps, in nats: mean, means of the quarters, mean and largest without sign.
     """
     plain_runtime = runtime.model_copy(update={"kernels": "reference", "compile": False, "fp8_head": False})
     plain = losses_of(config, plain_runtime, world, path, micro, steps)
@@ -114,9 +114,11 @@ def check(
 
 def difference(plain: list[float], other: list[float], label: str) -> dict[str, float]:
     signed = [b - a for a, b in zip(plain, other, strict=True)]
+    cuts = [len(signed) * i // 4 for i in range(5)]
+    quarters = {f"{label}mean of quarter {i}": signed[cuts[i - 1] : cuts[i]] for i in range(1, 5)}
     return {
         f"{label}mean difference": statistics.fmean(signed),
-        f"{label}mean of the last quarter": statistics.fmean(signed[-max(1, len(signed) // 4) :]),
+        **{name: statistics.fmean(part) for name, part in quarters.items() if part},
         f"{label}mean without sign": statistics.fmean(map(abs, signed)),
         f"{label}largest": max(map(abs, signed)),
     }

@@ -10,6 +10,9 @@ import pytest
 import torch
 from tiny_run import assert_same, faulty, make_run, make_shards, result, run
 
+from gpt2.manifest import TrainFacts
+from gpt2.stage import StageDir
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 SHAPE: dict[str, Any] = {
@@ -21,6 +24,7 @@ SHAPE: dict[str, Any] = {
 }
 PATHS: dict[str, dict[str, Any]] = {
     "fused kernels": {},
+    "head in 8 bits": {"fp8_head": True},
     "compiled": {"kernels": "reference", "compile": True},
     "eager": {"kernels": "reference", "compile": False},
     "eager fp32": {"kernels": "reference", "compile": False, "precision": "fp32"},
@@ -37,6 +41,8 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, path: str) -> None
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     killed = tmp_path / "killed" / whole.relative_to(tmp_path / "whole")
     print(run(whole, gpu=True, timeout=300))
+    in_8_bits = "head in fp8" in StageDir(whole).facts(TrainFacts).precision
+    assert in_8_bits == (runtime.get("fp8_head", False) and torch.cuda.get_device_capability() >= (8, 9))
     run(killed, gpu=True, expect=-9, words=faulty(killed, 1, "SIGKILL", "step", 0, step=6))
     assert "resuming after step 4 of 9" in run(killed, gpu=True)
     assert_same(result(killed), result(whole))

@@ -7,6 +7,7 @@ front end also writes the three gradients into one packed buffer; torch's operat
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -194,12 +195,13 @@ class CudnnPackedAttention(Attention):
 
 
 class CudnnFlash4Attention(CudnnPackedAttention):
-    """cuDNN forward, FlashAttention-4 (flash-attn-4) backward: each was the quicker one on an H100, heads of 64."""
+    """cuDNN forward, FlashAttention-4 (flash-attn-4) backward: each is the quicker one on an H100 (docs/speed.md)."""
 
     name = "cudnn+flash4"
 
     def __init__(self, n_head: int) -> None:
         super().__init__(n_head)
+        warnings.filterwarnings("ignore", module="cutlass")  # about flash-attn-4's own code
         from flash_attn.cute.interface import _flash_attn_bwd  # type: ignore[import-not-found, unused-ignore]
 
         self._backward: Any = _flash_attn_bwd

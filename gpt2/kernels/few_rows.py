@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2.kernels.gelu import gelu
+from gpt2.kernels.layer_norm import normalised
 from gpt2.kernels.triton_or_none import tl, triton, usable
 from gpt2.kv_cache import CachedReader
 from gpt2.model import LAYER_NORM_EPS
@@ -138,9 +139,8 @@ def _product(
         else:
             row = tl.load(x + r * K + k, mask=in_k, other=0.0)
         if NORM:
-            mean = tl.sum(row, axis=0) / K
-            off = tl.where(in_k, row - mean, 0.0)
-            row = off * (1.0 / tl.sqrt(tl.sum(off * off, axis=0) / K + eps)) * scale + shift
+            row, _, _ = normalised(row, in_k, K, eps)
+            row = row * scale + shift
         y = tl.sum(weights * row[None, :], axis=1)
         if BIAS:
             y += bias

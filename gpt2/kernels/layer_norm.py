@@ -90,17 +90,24 @@ def _programs(device: torch.device) -> int:
 
 
 @triton.jit
+def normalised(v, mask, C, eps):
+    """(v - mean) * rstd of a row of C fp32 elements, 0 where it is masked; mean, rstd."""
+    m = tl.sum(v, axis=0) / C
+    centred = tl.where(mask, v - m, 0.0)
+    r = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    return centred * r, m, r
+
+
+@triton.jit
 def _layer_norm_forward(x, weight, bias, y, mean, rstd, eps, C: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     v = tl.load(x + row * C + cols, mask=mask, other=0.0).to(tl.float32)
-    m = tl.sum(v, axis=0) / C
-    centred = tl.where(mask, v - m, 0.0)
-    r = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    xhat, m, r = normalised(v, mask, C, eps)
     w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + row * C + cols, (centred * r * w + b).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + row * C + cols, (xhat * w + b).to(y.dtype.element_ty), mask=mask)
     tl.store(mean + row, m)
     tl.store(rstd + row, r)
 
