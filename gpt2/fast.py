@@ -222,8 +222,8 @@ def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
     if obstacle is None:
         recompute: dict[bool | str, Recompute | None] = {True: "block", False: "none", "auto": None}
         products = _products(device)
-        head = _head(model.config, runtime, device, products)
-        return FastGPT(model, products, recompute[runtime.activation_checkpointing], head=head)
+        kind = head_kind(model.config, runtime, device, products)
+        return FastGPT(model, products, recompute[runtime.activation_checkpointing], head=kind)
     print(f"the plain path is used, not the fast one: {obstacle}", file=sys.stderr)
     model.checkpoint_blocks = runtime.activation_checkpointing is True
     if runtime.compile is not False and triton_or_none.AVAILABLE:
@@ -239,7 +239,8 @@ def _products(device: torch.device) -> linear.Linear:
         return linear.Linear()
 
 
-def _head(config: ModelConfig, runtime: Runtime, device: torch.device, products: linear.Linear) -> type[Head]:
+def head_kind(config: ModelConfig, runtime: Runtime, device: torch.device, products: linear.Linear) -> type[Head]:
+    """How FastGPT makes the head's products; what stands in the way of 8 bits, if asked for, is said on stderr."""
     if not runtime.fp8_head:
         return Head
     obstacle = None

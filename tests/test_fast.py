@@ -15,11 +15,11 @@ from gpt2.bench_check import Loop, check, losses_of, real_batches, zipf_tokens
 from gpt2.build import build, precision
 from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
 from gpt2.distributed import SOLO
-from gpt2.fast import FastGPT, Reference, accelerate, activation_bytes
+from gpt2.fast import FastGPT, Reference, accelerate, activation_bytes, head_kind
 from gpt2.kernels import triton_or_none
 from gpt2.kernels.block import Recompute
-from gpt2.kernels.head import Fp8Head
-from gpt2.kernels.linear import Linear
+from gpt2.kernels.head import Fp8Head, Head
+from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.model import GPT
 from gpt2.parallel import Buckets, Replicas
 from gpt2.shards import ShardWriter
@@ -244,6 +244,32 @@ def test_an_8_bit_head_that_is_not_to_be_had_is_told(capsys: pytest.CaptureFixtu
     )
     assert precision(runtime, loss_fn) == "fp32"
     assert precision(runtime, FastGPT(random_model(), Linear(), head=Fp8Head)) == "fp32, head in fp8"
+
+
+@pytest.mark.parametrize(
+    ("asked", "capability", "fused", "width", "obstacle"),
+    [
+        (False, (8, 0), False, 24, None),
+        (True, (9, 0), True, 32, None),
+        (True, (8, 6), True, 32, "An RTX has no 8-bit floats"),
+        (True, (9, 0), False, 32, "cuBLASLt is not used"),
+        (True, (9, 0), True, 24, "n_embd 24 or the padded vocabulary is not a multiple of 16"),
+    ],
+)
+def test_where_the_head_is_in_8_bits(
+    asked: bool, capability: tuple[int, int], fused: bool, width: int, obstacle: str | None,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Catches 8-bit products asked of a GPU or of sizes that have none, which end in the middle of the first step, and
+    a head that stays in bf16 without a word."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An RTX")
+    products = FusedLinear.__new__(FusedLinear) if fused else Linear()
+    config = CONFIG.model_copy(update={"n_embd": width})
+    kind = head_kind(config, Runtime(fp8_head=asked), CPU, products)
+    assert kind is (Fp8Head if asked and obstacle is None else Head)
+    said = capsys.readouterr().err
+    assert said == (f"the head stays in bf16: {obstacle}\n" if obstacle else "")
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
