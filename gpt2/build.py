@@ -35,8 +35,8 @@ def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel
     return parallel, loss_fn
 
 
-def precision(runtime: Runtime, loss_fn: LossFn) -> str:
-    """What a run computes in, for those who read of it."""
+def described_precision(runtime: Runtime, loss_fn: LossFn) -> str:
+    """What a run computes in, for those who read of it; `runtime.precision` is for the code."""
     in_8_bits = isinstance(loss_fn, FastGPT) and isinstance(loss_fn.head, Fp8Head)
     return f"{runtime.precision}, head in fp8" if in_8_bits else runtime.precision
 

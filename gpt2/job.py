@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2.anomaly import Anomalies, Verdict
-from gpt2.build import build, device_name, fresh, precision
+from gpt2.build import build, device_name, fresh
 from gpt2.checkpoint import Checkpoints, Snapshot, TrainState, latest, write_checkpoint
 from gpt2.config import TrainConfig
 from gpt2.distributed import World
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def precision(self) -> str:
-        return precision(self.runtime, self.loss_fn)
+        return self.runtime.precision
 
     def _loader(self, shards: list[Path]) -> Loader:
         config, starts = self.config, None

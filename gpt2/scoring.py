@@ -22,7 +22,13 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context to score in: "bf16" computes matrix products in bfloat16, "fp32" leaves everything as it is."""
+    """The context to score in: "bf16" computes matrix products in bfloat16, "fp32" leaves everything as it is.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    if precision not in ("bf16", "fp32"):
+        raise ValueError(f"precision {precision!r} is neither bf16 nor fp32")
     return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bf16" else nullcontext()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpt2.bench_check import Loop, check, losses_of, real_batches, zipf_tokens
-from gpt2.build import build, precision
+from gpt2.build import build, described_precision
 from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
 from gpt2.distributed import SOLO
 from gpt2.fast import FastGPT, Reference, accelerate, activation_bytes, head_kind
@@ -242,8 +242,8 @@ def test_an_8_bit_head_that_is_not_to_be_had_is_told(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err == (
         "runtime.fp8_head changes nothing here: only the fused kernels have such a head\n"
     )
-    assert precision(runtime, loss_fn) == "fp32"
-    assert precision(runtime, FastGPT(random_model(), Linear(), head=Fp8Head)) == "fp32, head in fp8"
+    assert described_precision(runtime, loss_fn) == "fp32"
+    assert described_precision(runtime, FastGPT(random_model(), Linear(), head=Fp8Head)) == "fp32, head in fp8"
 
 
 @pytest.mark.parametrize(

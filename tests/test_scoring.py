@@ -108,3 +108,9 @@ def test_no_gradient_is_kept(model: GPT) -> None:
     """Would catch: a validation pass that keeps every activation and runs out of memory."""
     idx, targets = random_batch(10)
     assert not scoring.token_losses(model, idx, targets).requires_grad
+
+
+def test_a_precision_that_is_none_is_refused() -> None:
+    """Bug: figures in fp32 from a run that was told, in some other word, to work in bf16."""
+    with pytest.raises(ValueError, match="neither bf16 nor fp32"):
+        scoring.autocast(torch.device("cpu"), "bf16, head in fp8")
