@@ -27,7 +27,8 @@ from gpt2.in_order import in_order
 from gpt2.machine import cpu_count
 from gpt2.manifest import DownloadFacts, Manifest, ShardEntry, Skipped, TokenizeFacts, canonical
 from gpt2.metrics import MetricsWriter
-from gpt2.shard_sequence import PROGRESS, Folder, ShardSequence, WholeShard, shard_name, split_of
+from gpt2.shard_folder import PROGRESS, Folder, WholeShard, shard_name, split_of
+from gpt2.shard_sequence import ShardSequence
 from gpt2.shards import TOKEN, verify
 from gpt2.stage import StageDir, main
 from gpt2.worker import Processes
@@ -139,7 +140,7 @@ def encoded(
     says."""
     runtime = stage.runtime
     if runtime.cluster is not None:
-        from gpt2.cluster import connect, encoded_on
+        from gpt2.cluster_encode import connect, encoded_on
 
         with connect(runtime.cluster) as client:
             # A folder that the user names may hold other things, and the parts of other stages.

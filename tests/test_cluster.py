@@ -21,7 +21,7 @@ from corpus_stages import expected, stream, tokenize_stage
 from gpt2.config import TokenizeConfig
 from gpt2.errors import UserError
 from gpt2.manifest import TokenizeFacts, sha256_file
-from gpt2.shard_sequence import OutputFacts
+from gpt2.shard_folder import OutputFacts
 from gpt2.shards import open_shard
 from gpt2.stage import StageDir
 from gpt2.tokenize import tokenize
@@ -78,7 +78,7 @@ def test_workers_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest
                 os.kill(victims[ending], signal.SIGKILL)
                 killed.append(victims[ending])
 
-        monkeypatch.setattr("gpt2.shard_sequence.Folder.keep", kill)
+        monkeypatch.setattr("gpt2.shard_folder.Folder.keep", kill)
         tokenize(stage)
         client.wait_for_workers(3)
         assert sorted(killed) == sorted([first, second])
@@ -141,7 +141,8 @@ def test_the_driver_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pyt
 
 def test_from_addresses_to_an_address(tmp_path: Path, cluster: Any) -> None:
     """Catches local paths where addresses are meant, whole shards done again, and parts that are left behind."""
-    from gpt2.cluster import connect, tokenize_to
+    from gpt2.cluster import tokenize_to
+    from gpt2.cluster_encode import connect
 
     file, texts = corpus(tmp_path / "a.parquet", rows=3000)
     output, config = tmp_path / "out", TokenizeConfig(shard_tokens=20_000)
@@ -167,8 +168,8 @@ def test_from_addresses_to_an_address(tmp_path: Path, cluster: Any) -> None:
 
 def test_a_unit_that_no_worker_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches trying for ever. Reading the address `deadly://` ends the process that does it."""
-    from gpt2 import cluster as module
-    from gpt2.cluster import encoded_on
+    from gpt2 import cluster_encode as module
+    from gpt2.cluster_encode import encoded_on
     from gpt2.corpus import Reading, Unit
 
     (tmp_path / "deadly.py").write_text(
@@ -196,7 +197,7 @@ class _Preload(distributed.WorkerPlugin):  # type: ignore[misc,name-defined]
 
 
 def test_nobody_there() -> None:
-    from gpt2 import cluster as module
+    from gpt2 import cluster_encode as module
 
     module.CONNECT_SECONDS, before = 2, module.CONNECT_SECONDS
     try:

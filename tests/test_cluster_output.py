@@ -15,12 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_stages import expected
 
-from gpt2 import cluster as module
-from gpt2.cluster import connect, encoded_on, expand, tokenize_to
+from gpt2 import cluster_encode as module
+from gpt2.cluster import expand, tokenize_to
+from gpt2.cluster_encode import connect, encoded_on
 from gpt2.config import TokenizeConfig
 from gpt2.corpus import Reading, Unit
 from gpt2.errors import UserError
-from gpt2.shard_sequence import AT_ONCE, PROGRESS, Folder, OutputFacts, RemoteFolder, ShardSequence, file_system
+from gpt2.shard_folder import PROGRESS, Folder, OutputFacts, RemoteFolder, file_system
+from gpt2.shard_sequence import AT_ONCE, ShardSequence
 from gpt2.shards import open_shard
 
 pytest.importorskip("distributed")

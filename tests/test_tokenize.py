@@ -23,7 +23,7 @@ from corpus_stages import expected, stream, tokenize_stage
 from gpt2.errors import UserError
 from gpt2.manifest import TokenizeFacts, sha256_file
 from gpt2.metrics import read_metrics
-from gpt2.shard_sequence import PROGRESS
+from gpt2.shard_folder import PROGRESS
 from gpt2.shards import ShardWriter, open_shard
 from gpt2.stage import StageDir
 from gpt2.tokenize import tokenize
