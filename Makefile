@@ -13,6 +13,9 @@ export PROMPT OUT MODEL
 EXTRAS ?= $(shell command -v nvidia-smi >/dev/null && echo '[gpu]')
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check
+# Other extras are another stamp, so that they are installed when they are first asked for: .installed-gpu-fa4
+COMMA  := ,
+STAMP  := $(BIN)/.installed$(subst $(COMMA),-,$(subst ],,$(subst [,-,$(EXTRAS))))
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo reproduce baseline plan up down test test-fast lint format sample export bench-train bench-tokenize clean
@@ -22,35 +25,35 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 20
 
 # torch first and alone: with its version settled, nothing else pulls in another build of it.
-$(BIN)/.installed: pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "error: Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.$(EXTRAS)'
 	touch $@
 
-$(BIN)/.installed-test: $(BIN)/.installed
+$(BIN)/.installed-test: $(STAMP)
 	$(PIP) install -q -c constraints.txt -e '.[test]'
 	touch $@
 
-install: $(BIN)/.installed ## set up the virtual environment
+install: $(STAMP) ## set up the virtual environment
 
-demo: $(BIN)/.installed ## the whole pipeline on a small model, on any machine
+demo: $(STAMP) ## the whole pipeline on a small model, on any machine
 	$(BIN)/python -m flows.reproduce demo $(ARGS)
 
-reproduce: $(BIN)/.installed ## the real thing: make reproduce CONF=124m
+reproduce: $(STAMP) ## the real thing: make reproduce CONF=124m
 	$(BIN)/python -m flows.reproduce $(CONF) $(ARGS)
 
-baseline: $(BIN)/.installed ## OpenAI's GPT-2 of CONF's size, measured as the recipe's own model is
+baseline: $(STAMP) ## OpenAI's GPT-2 of CONF's size, measured as the recipe's own model is
 	$(BIN)/python -m flows.baseline $(CONF) $(ARGS)
 
-plan: $(BIN)/.installed ## what CONF would run, and what of it is finished
+plan: $(STAMP) ## what CONF would run, and what of it is finished
 	$(BIN)/python -m gpt2.plan $(CONF) $(ARGS)
 
-up: $(BIN)/.installed ## Prefect server, MLflow and a worker in the background, all recipes deployed
+up: $(STAMP) ## Prefect server, MLflow and a worker in the background, all recipes deployed
 	$(BIN)/python -m flows.services up $(ARGS)
 
-down: $(BIN)/.installed ## stop what `make up` started
+down: $(STAMP) ## stop what `make up` started
 	$(BIN)/python -m flows.services down $(ARGS)
 
 test: lint ## everything that needs no GPU
@@ -70,19 +73,19 @@ format: $(BIN)/.installed-test ## let ruff lay out the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench-tokenize: $(BIN)/.installed ## tokens/s beside the plain method
+bench-tokenize: $(STAMP) ## tokens/s beside the plain method
 	$(BIN)/python -m gpt2.bench_tokenize $(ARGS)
 
-bench-train: $(BIN)/.installed ## tokens/s and MFU; ARGS='--size 350m --check'
+bench-train: $(STAMP) ## tokens/s and MFU; ARGS='--size 350m --check'
 	$(BIN)/python -m gpt2.bench_train $(ARGS)
 
 # the folder of a finished model: MODEL if given, else that of CONF
 CHECKPOINT = $${MODEL:-$$($(BIN)/python -m gpt2.plan $(CONF) --checkpoint)}
 
-sample: $(BIN)/.installed ## text from a trained model: make sample PROMPT='...' [CONF=124m | MODEL=folder]
+sample: $(STAMP) ## text from a trained model: make sample PROMPT='...' [CONF=124m | MODEL=folder]
 	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.sample "$$model" --prompt "$$PROMPT" $(ARGS)
 
-export: $(BIN)/.installed ## a trained model as a Hugging Face folder: make export OUT=folder [CONF=124m | MODEL=folder]
+export: $(STAMP) ## a trained model as a Hugging Face folder: make export OUT=folder [CONF=124m | MODEL=folder]
 	@test -n "$$OUT" || { echo "error: OUT is not given: make export OUT=folder" >&2; exit 2; }
 	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.export "$$model" "$$OUT" $(ARGS)
 

@@ -101,13 +101,14 @@ def check(
     Returns:
         differences over the steps, in nats: mean, means of the quarters, mean and largest without sign.
     """
-    plain_runtime = runtime.model_copy(update={"kernels": "reference", "compile": False, "fp8_head": False})
-    plain = losses_of(config, plain_runtime, world, path, micro, steps)
+    plain_runtime = runtime.model_copy(update={"kernels": "reference", "compile": False})
+    plain_config = config.model_copy(update={"fp8_head": False})
+    plain = losses_of(plain_config, plain_runtime, world, path, micro, steps)
     fast = losses_of(config, runtime, world, path, micro, steps)
     figures = {"first plain loss": plain[0], "last plain loss": plain[-1], "last fast loss": fast[-1]}
     figures |= difference(plain, fast, "")
     if floor:
-        halved = losses_of(config, plain_runtime, world, path, max(1, micro // 2), steps)
+        halved = losses_of(plain_config, plain_runtime, world, path, max(1, micro // 2), steps)
         figures |= difference(plain, halved, "plain against itself: ")
     return figures
 

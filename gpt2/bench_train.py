@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", default="124m", help="a recipe of conf/")
     parser.add_argument("--kernels", choices=("auto", "reference"), default="auto")
     parser.add_argument("--compile", action="store_true", help="with --kernels reference: torch.compile it")
-    parser.add_argument("--fp8-head", action="store_true", help="runtime.fp8_head")
+    parser.add_argument("--fp8-head", action="store_true", help="with train.fp8_head=true")
     parser.add_argument("--micro-batch-size", type=int, help="sequences; default: as training begins to try them")
     parser.add_argument("--sharding", choices=("auto", "ddp", "zero1", "fsdp"), default="auto")
     parser.add_argument("--beside", type=Path, help="figures of one process (--json), for the scaling efficiency")
@@ -118,10 +118,11 @@ def main(argv: list[str] | None = None) -> int:
             "--check needs --tokens SHARD.bin, a token shard of real text (python -m gpt2.plan tells where yours lie)"
         )
     overrides = {"train.total_batch_size": arguments.total_batch_size} if arguments.total_batch_size else {}
+    if arguments.fp8_head:
+        overrides["train.fp8_head"] = True
     config = load(arguments.size, overrides).train
     runtime = Runtime(
         kernels=arguments.kernels,
-        fp8_head=arguments.fp8_head,
         compile=arguments.compile or ("auto" if arguments.kernels == "auto" else False),
         sharding=arguments.sharding,
         micro_batch_size=arguments.micro_batch_size or "auto",

@@ -29,16 +29,15 @@ def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel
     else:
         model.to_empty(device=world.device)
         parallel = Replicas(model, config.optim, world, zero1=runtime.sharding == "zero1")
-        loss_fn = accelerate(model, runtime, world.device)
-    if runtime.fp8_head and not isinstance(loss_fn, FastGPT):
-        print("runtime.fp8_head changes nothing here: only the fused kernels have such a head", file=sys.stderr)
+        loss_fn = accelerate(model, runtime, world.device, fp8_head=config.fp8_head)
+    if config.fp8_head and not isinstance(loss_fn, FastGPT):
+        print("train.fp8_head changes nothing here: only the fused kernels have such a head", file=sys.stderr)
     return parallel, loss_fn
 
 
-def described_precision(runtime: Runtime, loss_fn: LossFn) -> str:
-    """What a run computes in, for those who read of it; `runtime.precision` is for the code."""
-    in_8_bits = isinstance(loss_fn, FastGPT) and isinstance(loss_fn.head, Fp8Head)
-    return f"{runtime.precision}, head in fp8" if in_8_bits else runtime.precision
+def has_fp8_head(loss_fn: LossFn) -> bool:
+    """Whether the head's products are made in 8 bits: asked for and to be had."""
+    return isinstance(loss_fn, FastGPT) and isinstance(loss_fn.head, Fp8Head)
 
 
 def _sharded(model: GPT, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:

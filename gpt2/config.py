@@ -152,6 +152,10 @@ class TrainConfig(Section):
         bool, Field(description="a fresh permutation of all sequences each epoch; else in file order")
     ] = True
     align_documents: Annotated[bool, Field(description="every sequence begins at a document's start")] = False
+    fp8_head: Annotated[
+        bool,
+        Field(description="the head's products in 8-bit floats where the GPU has them: faster; far coarser rounding"),
+    ] = False
     val: ValConfig = ValConfig()
     benchmark: Annotated[str | None, Field(description="name under `benchmarks` to score while training")] = None
     benchmark_every: PositiveInt = 250
@@ -271,10 +275,6 @@ class Runtime(Section):
         "auto"
     )
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    fp8_head: Annotated[
-        bool,
-        Field(description="the head's products in 8-bit floats where the GPU has them: faster, far coarser rounding"),
-    ] = False
     compile: bool | Auto = "auto"
     sharding: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
     activation_checkpointing: bool | Auto = "auto"

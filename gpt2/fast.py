@@ -24,7 +24,7 @@ from gpt2.config import ModelConfig, Runtime
 from gpt2.kernels import attention, cross_entropy, cublaslt, embedding, layer_norm, linear, triton_or_none
 from gpt2.kernels.block import UNITS_KEPT, BlockFunction, Engine, Recompute, Weights, add_to, give, take
 from gpt2.kernels.block import forward as block_forward
-from gpt2.kernels.head import Fp8Head, Head
+from gpt2.kernels.head import Fp8Head, Head, eight_bit_obstacle, try_products
 from gpt2.model import GPT, IGNORE, LAYER_NORM_EPS
 
 EVAL_CHUNK = 16_384
@@ -61,15 +61,15 @@ class _Head(torch.autograd.Function):
         scored = (targets != IGNORE).sum().to(torch.promote_types(x.dtype, torch.float32)).clamp_min(1)
         losses, ctx.from_head = owner.head.losses(h, targets, scored)
         ctx.owner = owner
-        ctx.save_for_backward(x, h, mean, rstd)
+        ctx.save_for_backward(x, mean, rstd)
         return losses.sum() / scored
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        owner, (x, h, mean, rstd) = ctx.owner, ctx.saved_tensors
+        owner, (x, mean, rstd) = ctx.owner, ctx.saved_tensors
         from_head, ctx.from_head = ctx.from_head, None
         owner.dwte, holds = take(owner.wte)
-        dh = owner.head.backward(from_head, h, owner.dwte, holds, dloss)
+        dh = owner.head.backward(from_head, owner.dwte, holds, dloss)
         del from_head
         dx, dweight, dbias, dx_sum = layer_norm.backward(dh, None, x, mean, rstd, owner.ln_f.weight, scale=dloss)
         owner.engine.passing = dx, dx_sum
@@ -204,7 +204,7 @@ class Reference(nn.Module):
         return loss
 
 
-def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
+def accelerate(model: GPT, runtime: Runtime, device: torch.device, *, fp8_head: bool = False) -> nn.Module:
     """The fastest path on this machine: a module (idx (B, T), targets (B, T)) -> mean loss over `model`'s parameters.
 
     FastGPT on a GPU that has bf16 (Ampere and later) and Triton; else the plain path, compiled on a GPU unless
@@ -222,7 +222,7 @@ def accelerate(model: GPT, runtime: Runtime, device: torch.device) -> nn.Module:
     if obstacle is None:
         recompute: dict[bool | str, Recompute | None] = {True: "block", False: "none", "auto": None}
         products = _products(device)
-        kind = head_kind(model.config, runtime, device, products)
+        kind = head_kind(model.config, device, products) if fp8_head else Head
         return FastGPT(model, products, recompute[runtime.activation_checkpointing], head=kind)
     print(f"the plain path is used, not the fast one: {obstacle}", file=sys.stderr)
     model.checkpoint_blocks = runtime.activation_checkpointing is True
@@ -239,17 +239,16 @@ def _products(device: torch.device) -> linear.Linear:
         return linear.Linear()
 
 
-def head_kind(config: ModelConfig, runtime: Runtime, device: torch.device, products: linear.Linear) -> type[Head]:
-    """How FastGPT makes the head's products; what stands in the way of 8 bits, if asked for, is said on stderr."""
-    if not runtime.fp8_head:
-        return Head
-    obstacle = None
-    if torch.cuda.get_device_capability(device) < (8, 9):
-        obstacle = f"{torch.cuda.get_device_name(device)} has no 8-bit floats"
-    elif not isinstance(products, linear.FusedLinear):
+def head_kind(config: ModelConfig, device: torch.device, products: linear.Linear) -> type[Head]:
+    """Fp8Head, or the plain one with what stands in the way of 8 bits said on stderr."""
+    obstacle = eight_bit_obstacle(config, device)
+    if obstacle is None and not isinstance(products, linear.FusedLinear):
         obstacle = "cuBLASLt is not used"
-    elif config.n_embd % Fp8Head.MULTIPLE or config.padded_vocab_size % Fp8Head.MULTIPLE:
-        obstacle = f"n_embd {config.n_embd} or the padded vocabulary is not a multiple of {Fp8Head.MULTIPLE}"
+    if obstacle is None:
+        try:
+            try_products(products, device)
+        except cublaslt.CublasLtError as error:
+            obstacle = str(error)
     if obstacle is None:
         return Fp8Head
     print(f"the head stays in bf16: {obstacle}", file=sys.stderr)

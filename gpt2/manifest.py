@@ -143,6 +143,8 @@ class TrainFacts(Section):
     """e.g. "8 x NVIDIA A100-SXM4-80GB" or "cpu" """
     world_size: int
     precision: str
+    fp8_head: bool = False
+    """whether the last part of the training made the head's products in 8-bit floats"""
     checkpoint: str
     """relative path of the final checkpoint's folder"""
 

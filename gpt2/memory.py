@@ -17,7 +17,7 @@ from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.fast import activation_bytes
 from gpt2.kernels.block import Recompute
-from gpt2.kernels.head import Fp8Head, Head
+from gpt2.kernels.head import Fp8Head, Head, eight_bit_obstacle
 from gpt2.parallel import LossFn, Parallel
 
 Sharding = Literal["ddp", "zero1", "fsdp"]
@@ -81,6 +81,7 @@ def layout(
         fixed = n * (16 + copies)
     if head is not None and sharding != "fsdp":
         level: Recompute = "block" if recompute else "none"
+        fixed += head.bytes_a_weight * V * C
         return Layout(sharding, recompute, fixed, activation_bytes(model, T, level, head.bytes_a_logit))
     kept = BLOCK_BYTES[precision] * C
     blocks = model.n_layer * RESIDUAL_BYTES * C + kept if recompute else model.n_layer * kept
@@ -114,7 +115,8 @@ def choose(config: TrainConfig, runtime: Runtime, world: World, free: float | No
 
     head = None  # of the fused kernels
     if on_gpu and precision == "bf16" and runtime.kernels == "auto":
-        head = Fp8Head if runtime.fp8_head else Head
+        in_8_bits = config.fp8_head and eight_bit_obstacle(config.model, world.device) is None
+        head = Fp8Head if in_8_bits else Head
     ways = [layout(config.model, precision, world.size, *way, head=head) for way in _ways(runtime, world)]
     wanted = min(each, -(-WORTHWHILE_TOKENS // config.model.block_size))
     if runtime.micro_batch_size != "auto":

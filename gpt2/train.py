@@ -19,7 +19,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from gpt2.atomic import NO_SPACE
-from gpt2.build import described_precision, device_name
+from gpt2.build import device_name, has_fp8_head
 from gpt2.checkpoint import folder_name, read_state
 from gpt2.distributed import World, join, leave, locate
 from gpt2.errors import UserError
@@ -109,7 +109,8 @@ def finish(job: Job) -> None:
         mfu=mfu(config.model, rate, name, world.size),
         device=name if world.size == 1 else f"{world.size} x {name}",
         world_size=world.size,
-        precision=described_precision(job.runtime, job.loss_fn),
+        precision=job.precision,
+        fp8_head=has_fp8_head(job.loss_fn),
         checkpoint=folder,
     )
     hashes = {f"{folder}/{name}": written.sha256 for name, written in state.files.items()}

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from gpt2.bench_check import Loop, check, losses_of, real_batches, zipf_tokens
-from gpt2.build import build, described_precision
+from gpt2.build import build, has_fp8_head
 from gpt2.config import ModelConfig, OptimConfig, Runtime, TrainConfig
 from gpt2.distributed import SOLO
 from gpt2.fast import FastGPT, Reference, accelerate, activation_bytes, head_kind
 from gpt2.kernels import triton_or_none
 from gpt2.kernels.block import Recompute
+from gpt2.kernels.cublaslt import CublasLtError
 from gpt2.kernels.head import Fp8Head, Head
 from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.model import GPT
@@ -236,28 +237,25 @@ def test_the_plain_path_is_compiled_on_demand(
 def test_an_8_bit_head_that_is_not_to_be_had_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a run that is said to be in 8 bits and is not."""
     optim = OptimConfig(max_lr=1e-3, warmup_steps=1)
-    config = TrainConfig(model=CONFIG, optim=optim, total_batch_size=64, max_steps=4)
-    runtime = Runtime(fp8_head=True, precision="fp32", sharding="ddp", compile=False)
-    _, loss_fn = build(config, runtime, SOLO)
-    assert capsys.readouterr().err == (
-        "runtime.fp8_head changes nothing here: only the fused kernels have such a head\n"
-    )
-    assert described_precision(runtime, loss_fn) == "fp32"
-    assert described_precision(runtime, FastGPT(random_model(), Linear(), head=Fp8Head)) == "fp32, head in fp8"
+    config = TrainConfig(model=CONFIG, optim=optim, total_batch_size=64, max_steps=4, fp8_head=True)
+    _, loss_fn = build(config, Runtime(precision="fp32", sharding="ddp", compile=False), SOLO)
+    assert capsys.readouterr().err == "train.fp8_head changes nothing here: only the fused kernels have such a head\n"
+    assert not has_fp8_head(loss_fn) and not has_fp8_head(FastGPT(random_model(), Linear()))
+    assert has_fp8_head(FastGPT(random_model(), Linear(), head=Fp8Head))
 
 
 @pytest.mark.parametrize(
-    ("asked", "capability", "fused", "width", "obstacle"),
+    ("capability", "fused", "changed", "obstacle"),
     [
-        (False, (8, 0), False, 24, None),
-        (True, (9, 0), True, 32, None),
-        (True, (8, 6), True, 32, "An RTX has no 8-bit floats"),
-        (True, (9, 0), False, 32, "cuBLASLt is not used"),
-        (True, (9, 0), True, 24, "n_embd 24 or the padded vocabulary is not a multiple of 16"),
+        ((9, 0), True, {}, None),
+        ((8, 6), True, {}, "An RTX has no 8-bit floats"),
+        ((9, 0), False, {}, "cuBLASLt is not used"),
+        ((9, 0), True, {"n_embd": 24}, "n_embd 24 is not a multiple of 16"),
+        ((9, 0), True, {"block_size": 1000}, "block_size 1,000 is not a multiple of 16"),
     ],
 )
 def test_where_the_head_is_in_8_bits(
-    asked: bool, capability: tuple[int, int], fused: bool, width: int, obstacle: str | None,
+    capability: tuple[int, int], fused: bool, changed: dict[str, int], obstacle: str | None,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Catches 8-bit products asked of a GPU or of sizes that have none, which end in the middle of the first step, and
@@ -265,11 +263,29 @@ def test_where_the_head_is_in_8_bits(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "An RTX")
     products = FusedLinear.__new__(FusedLinear) if fused else Linear()
-    config = CONFIG.model_copy(update={"n_embd": width})
-    kind = head_kind(config, Runtime(fp8_head=asked), CPU, products)
-    assert kind is (Fp8Head if asked and obstacle is None else Head)
-    said = capsys.readouterr().err
-    assert said == (f"the head stays in bf16: {obstacle}\n" if obstacle else "")
+    tried: list[torch.dtype] = []
+    monkeypatch.setattr(
+        FusedLinear, "fp8_", lambda self, out, *rest, **options: tried.append(out.dtype) or Linear().fp8_(out, *rest)
+    )
+    config = CONFIG.model_copy(update=changed)
+    assert head_kind(config, CPU, products) is (Fp8Head if obstacle is None else Head)
+    assert capsys.readouterr().err == (f"the head stays in bf16: {obstacle}\n" if obstacle else "")
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert tried == ([bf16, bf16, fp32, bf16, fp32] if obstacle is None else [])  # forward, and back both ways
+
+
+def test_a_gpu_without_an_algorithm_for_8_bits_keeps_its_head(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: a traceback in the middle of the first step, where the head could have stayed as it was."""
+
+    def none(*arguments: object, **options: object) -> Tensor:
+        raise CublasLtError("cublasLtMatmulAlgoGetHeuristic returned status 15")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    monkeypatch.setattr(FusedLinear, "fp8_", none)
+    assert head_kind(CONFIG, CPU, FusedLinear.__new__(FusedLinear)) is Head
+    assert "stays in bf16: cublasLtMatmulAlgoGetHeuristic returned status 15" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
@@ -295,6 +311,21 @@ def tensors_in(kept: Any) -> list[Tensor]:
     if isinstance(kept, Tensor):
         return [kept]
     return [tensor for part in kept for tensor in tensors_in(part)] if isinstance(kept, tuple) else []
+
+
+def test_an_8_bit_head_keeps_what_is_counted() -> None:
+    """Catches an estimate that leaves out the gradient beside the logits, or its transpose."""
+    rows, C, V = 64, 32, 512
+    weight = torch.randn(V, C, dtype=torch.bfloat16)
+    head = Fp8Head(Linear(), weight, 500)
+    h, targets = torch.randn(rows, C, dtype=torch.bfloat16), torch.randint(0, 500, (rows,))
+    _, saved = head.losses(h, targets, torch.tensor(64.0))
+    a_row = sum(tensor.nbytes for tensor in saved if tensor.numel() % rows == 0 and tensor.size(0) != C) / rows
+    logits, gradient, turned = 2 * V, V, V
+    assert a_row == gradient
+    assert head.bytes_a_logit * V == max(logits + gradient, gradient + turned)
+    copies = head._weight8
+    assert copies is not None and head.bytes_a_weight * V * C == copies.rows.nbytes + copies.columns.nbytes
 
 
 def test_activation_bytes_counts_what_is_kept() -> None:

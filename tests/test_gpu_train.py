@@ -24,7 +24,7 @@ SHAPE: dict[str, Any] = {
 }
 PATHS: dict[str, dict[str, Any]] = {
     "fused kernels": {},
-    "head in 8 bits": {"fp8_head": True},
+    "head in 8 bits": {},
     "compiled": {"kernels": "reference", "compile": True},
     "eager": {"kernels": "reference", "compile": False},
     "eager fp32": {"kernels": "reference", "compile": False, "precision": "fp32"},
@@ -36,13 +36,14 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, path: str) -> None
     """Bugs: atomic additions, kernels chosen by how fast they were this time, a weight copy that is not renewed after
     a resume."""
     runtime = {"gpus": "auto", "micro_batch_size": 4, "deterministic": True, **PATHS[path]}
+    in_8_bits = path == "head in 8 bits"
     shards = make_shards(tmp_path / "whole", 200_000, eot=True)
-    whole = make_run(tmp_path / "whole", shards, runtime, **SHAPE)
+    whole = make_run(tmp_path / "whole", shards, runtime, **SHAPE, fp8_head=in_8_bits)
     shutil.copytree(tmp_path / "whole", tmp_path / "killed")
     killed = tmp_path / "killed" / whole.relative_to(tmp_path / "whole")
     print(run(whole, gpu=True, timeout=300))
-    in_8_bits = "head in fp8" in StageDir(whole).facts(TrainFacts).precision
-    assert in_8_bits == (runtime.get("fp8_head", False) and torch.cuda.get_device_capability() >= (8, 9))
+    to_be_had = torch.cuda.get_device_capability() >= (8, 9)
+    assert StageDir(whole).facts(TrainFacts).fp8_head == (in_8_bits and to_be_had)
     run(killed, gpu=True, expect=-9, words=faulty(killed, 1, "SIGKILL", "step", 0, step=6))
     assert "resuming after step 4 of 9" in run(killed, gpu=True)
     assert_same(result(killed), result(whole))

@@ -118,7 +118,7 @@ def test_make_takes_text_as_it_is(tmp_path: Path, words: list[str], wanted: list
     os.utime(tmp_path / ".installed", (newest + 1, newest + 1))
     environment = {name: value for name, value in os.environ.items() if name not in ("PROMPT", "OUT", "MAKEFLAGS")}
     done = subprocess.run(
-        ["make", "-s", f"BIN={tmp_path}", "MODEL=a b", *words],
+        ["make", "-s", f"BIN={tmp_path}", "EXTRAS=", "MODEL=a b", *words],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -268,10 +268,12 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(tmp_path: Path, finished: Path
 def test_compiled_code_is_kept_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: each new container compiles everything again; or a folder that the user has chosen is not used."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", CHOICES):
+    fa4 = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{what}" for what in ("DIR", "ENABLED")]
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", CHOICES, *fa4):
         monkeypatch.setenv(variable, "")  # noted as not there, for the end of the test
         monkeypatch.delenv(variable)
     keep_compiled(tmp_path)
     assert os.environ["TRITON_CACHE_DIR"] == "/chosen"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".compiled" / "inductor")
     assert os.environ[CHOICES] == str(tmp_path / ".compiled" / "choices")
+    assert [os.environ[variable] for variable in fa4] == [str(tmp_path / ".compiled" / "flash-attn-4"), "1"]

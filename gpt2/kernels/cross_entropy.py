@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,6 +24,7 @@ def losses(
     vocab_size: int,
     divisor: Tensor | None = None,
     gradient: Tensor | None = None,
+    keeps: float = 1.0,
 ) -> Tensor:
     """-log softmax(logits[:, :vocab_size])[target] of each row, in nats; 0 where the target is IGNORE.
 
@@ -31,6 +34,7 @@ def losses(
         divisor: one fp32 element. If given, the gradient of sum(losses) / divisor is written, with 0 in the padded
             columns.
         gradient: where to, (N, V) contiguous; None: over the logits, which stay otherwise.
+        keeps: the share of the softmax that rounding to the gradient's type leaves: it is divided by this beforehand.
 
     Returns:
         (N,) fp32 (fp64 for fp64 logits).
@@ -42,7 +46,9 @@ def losses(
         out = F.cross_entropy(wide, targets, ignore_index=IGNORE, reduction="none")
         if divisor is not None:
             p = wide.softmax(1)
-            p.scatter_add_(1, targets.clamp_min(0)[:, None], p.new_full((N, 1), -1.0))
+            at = targets.clamp_min(0)[:, None]
+            own = p.gather(1, at) - 1
+            p = (p / keeps).scatter_(1, at, own)
             p *= (targets != IGNORE)[:, None] / divisor
             place.zero_()
             place[:, :vocab_size] = p.to(place.dtype)
@@ -50,7 +56,8 @@ def losses(
     out = torch.empty(N, dtype=torch.float32, device=logits.device)
     _cross_entropy[(N,)](
         logits, targets, out, out if divisor is None else divisor, place, VOCAB=vocab_size, V=V,
-        GRADIENT=divisor is not None, IGNORED=IGNORE, BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
+        GRADIENT=divisor is not None, RAISED=-math.log2(keeps), IGNORED=IGNORE,
+        BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
     )  # fmt: skip
     return out
 
@@ -65,6 +72,7 @@ def _cross_entropy(
     VOCAB: tl.constexpr,
     V: tl.constexpr,
     GRADIENT: tl.constexpr,
+    RAISED: tl.constexpr,
     IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -104,13 +112,14 @@ def _cross_entropy(
     if GRADIENT:
         scale = tl.where(counted, 1.0 / tl.load(divisor), 0.0)
         shift = lse - tl.log2(scale)  # exp2(v - shift) is the probability times the scale; 0 where the scale is 0
+        raised = shift - RAISED
         for start in range(0, WHOLE, BLOCK):  # the row was just read: it comes from the L2 cache
             v = tl.load(logits + start + lanes).to(tl.float32)
-            tl.store(gradient + start + lanes, tl.exp2(v * LOG2E - shift).to(gradient.dtype.element_ty))
+            tl.store(gradient + start + lanes, tl.exp2(v * LOG2E - raised).to(gradient.dtype.element_ty))
         for start in range(WHOLE, V, BLOCK):
             cols = start + lanes
             v = tl.load(logits + cols, mask=cols < VOCAB, other=float("-inf")).to(tl.float32)
-            tl.store(gradient + cols, tl.exp2(v * LOG2E - shift).to(gradient.dtype.element_ty), mask=cols < V)
+            tl.store(gradient + cols, tl.exp2(v * LOG2E - raised).to(gradient.dtype.element_ty), mask=cols < V)
         tl.debug_barrier()  # the target's own place is written last
         own = tl.exp2(chosen * LOG2E - shift) - scale
         tl.store(gradient + target, own.to(gradient.dtype.element_ty), mask=counted)
