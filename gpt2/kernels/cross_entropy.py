@@ -56,7 +56,7 @@ def losses(
     out = torch.empty(N, dtype=torch.float32, device=logits.device)
     _cross_entropy[(N,)](
         logits, targets, out, out if divisor is None else divisor, place, VOCAB=vocab_size, V=V,
-        GRADIENT=divisor is not None, RAISED=-math.log2(keeps), IGNORED=IGNORE,
+        GRADIENT=divisor is not None, LOG2_KEEPS=math.log2(keeps), IGNORED=IGNORE,
         BLOCK=min(BLOCK, triton.next_power_of_2(V)), num_warps=WARPS,
     )  # fmt: skip
     return out
@@ -72,7 +72,7 @@ def _cross_entropy(
     VOCAB: tl.constexpr,
     V: tl.constexpr,
     GRADIENT: tl.constexpr,
-    RAISED: tl.constexpr,
+    LOG2_KEEPS: tl.constexpr,
     IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -112,14 +112,14 @@ def _cross_entropy(
     if GRADIENT:
         scale = tl.where(counted, 1.0 / tl.load(divisor), 0.0)
         shift = lse - tl.log2(scale)  # exp2(v - shift) is the probability times the scale; 0 where the scale is 0
-        raised = shift - RAISED
+        others = shift + LOG2_KEEPS  # for all but the target's own place
         for start in range(0, WHOLE, BLOCK):  # the row was just read: it comes from the L2 cache
             v = tl.load(logits + start + lanes).to(tl.float32)
-            tl.store(gradient + start + lanes, tl.exp2(v * LOG2E - raised).to(gradient.dtype.element_ty))
+            tl.store(gradient + start + lanes, tl.exp2(v * LOG2E - others).to(gradient.dtype.element_ty))
         for start in range(WHOLE, V, BLOCK):
             cols = start + lanes
             v = tl.load(logits + cols, mask=cols < VOCAB, other=float("-inf")).to(tl.float32)
-            tl.store(gradient + cols, tl.exp2(v * LOG2E - raised).to(gradient.dtype.element_ty), mask=cols < V)
+            tl.store(gradient + cols, tl.exp2(v * LOG2E - others).to(gradient.dtype.element_ty), mask=cols < V)
         tl.debug_barrier()  # the target's own place is written last
         own = tl.exp2(chosen * LOG2E - shift) - scale
         tl.store(gradient + target, own.to(gradient.dtype.element_ty), mask=counted)
