@@ -10,6 +10,7 @@ import torch
 from gpt2.config import ModelConfig, Runtime, TrainConfig
 from gpt2.distributed import SOLO, World
 from gpt2.errors import UserError
+from gpt2.kernels.head import Fp8Head, Head
 from gpt2.memory import candidates, choose, explain_out_of_memory, largest_that_fits, layout
 from gpt2.recipe import load
 
@@ -64,6 +65,25 @@ def test_small_gpus_get_what_fits() -> None:
         chosen("1558m", 1, RTX)
     with pytest.raises(UserError, match=r"runtime\.sharding=fsdp"):
         chosen("1558m", 8, RTX, sharding="ddp")
+
+
+def test_an_8_bit_head_takes_its_room_where_it_is_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: the gradient beside the logits, and the weight's 8-bit copies, left to the reserve; a smaller micro-batch
+    on a GPU whose head stays in bf16."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    config = load("124m", {"train.fp8_head": True}).train
+    layouts = {}
+    for capability in ((9, 0), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        settled, lines = choose(config, Runtime(precision="bf16"), gpus(1), RTX)
+        layouts[capability] = settled.micro_batch_size, next(line for line in lines if "<- chosen" in line)
+    plain, text = chosen("124m", 1, RTX)
+    assert layouts[8, 0][0] == plain.micro_batch_size and layouts[8, 0][1] in text
+    assert layouts[9, 0] != layouts[8, 0]
+    model = config.model
+    usual, in_8_bits = (layout(model, "bf16", 1, "ddp", False, head=head) for head in (Head, Fp8Head))
+    assert in_8_bits.fixed - usual.fixed == 2 * model.padded_vocab_size * model.n_embd
+    assert in_8_bits.a_sequence - usual.a_sequence == model.block_size * model.padded_vocab_size
 
 
 def test_what_is_given_is_kept() -> None:
