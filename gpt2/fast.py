@@ -111,8 +111,7 @@ class FastGPT(nn.Module):
         ]
         self._copies = [p.detach() if p.dtype == dtype else torch.empty_like(p, dtype=dtype) for p in self._masters]
         copies = dict(zip(self._masters, self._copies, strict=True))
-        self.wte_copy = copies[self.wte]
-        self.head = head(products, self.wte_copy, self.config.vocab_size)
+        self.head = head(products, copies[self.wte], self.config.vocab_size)
         self._blocks = [Weights(block, copies) for block in model.blocks]
 
     @property
@@ -145,7 +144,7 @@ class FastGPT(nn.Module):
         """Losses (B, T) fp32 in nats, 0 where the target is -1; stands in for `scoring.token_losses`."""
         h, flat = self.hidden(idx).flatten(0, 1), targets.flatten()
         losses = [
-            cross_entropy.losses(self.engine.linear.forward(part, self.wte_copy), wanted, self.config.vocab_size)
+            cross_entropy.losses(self.engine.linear.forward(part, self.head.weight), wanted, self.config.vocab_size)
             for part, wanted in zip(h.split(EVAL_CHUNK), flat.split(EVAL_CHUNK), strict=True)
         ]
         return torch.cat(losses).view_as(targets)

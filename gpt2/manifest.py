@@ -148,6 +148,11 @@ class TrainFacts(Section):
     checkpoint: str
     """relative path of the final checkpoint's folder"""
 
+    @property
+    def arithmetic(self) -> str:
+        """The precision and what departed from it, in words."""
+        return f"{self.precision}, head in fp8" if self.fp8_head else self.precision
+
 
 class PretrainedFacts(Section):
     """Of weights that others trained, fetched to be measured."""

@@ -231,7 +231,7 @@ def _recipe(record: Record) -> list[tuple[str, str]]:
     if facts:
         mfu = f", {facts.mfu:.1%} MFU" if facts.mfu is not None else ""
         rows += [
-            ("trained on", f"{facts.device}, {facts.precision}{', head in fp8' if facts.fp8_head else ''}"),
+            ("trained on", f"{facts.device}, {facts.arithmetic}"),
             ("hours", f"{facts.total_seconds / 3600:.2f}"),
             ("speed", f"{facts.tokens_per_second:,.0f} tokens/s{mfu}"),
         ]

@@ -123,11 +123,7 @@ def training(run: Run) -> list[Block]:
         ["GPU-hours", short(run.gpu_hours), f"hours × {plural(run.gpus, 'GPU')}"],
         ["dollars", dollars(run.dollars), cost],
         ["training loss", fixed(facts.train_loss, 4), "mean over the last 1 % of steps, nats a token"],
-        [
-            "precision",
-            facts.precision + (", head in fp8" if facts.fp8_head else ""),
-            plural(facts.world_size, "process", "processes"),
-        ],
+        ["precision", facts.arithmetic, plural(facts.world_size, "process", "processes")],
     ]
     return [Table(["", "value", "how it is worked out"], rows, strong=1)]
 
