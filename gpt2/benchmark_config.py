@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from gpt2.source_config import HubFiles, LocalFiles, Section
+from gpt2.source_config import Count, HubFiles, LocalFiles, Section, Seed
 
 BenchmarkSource = Annotated[HubFiles | LocalFiles, Field(discriminator="kind")]
-Limit = Annotated[PositiveInt | None, Field(description="only the first so many examples")]
+Limit = Annotated[Count | None, Field(description="only the first so many examples")]
 Prompt = Annotated[
     Literal["llm.c", "harness"],
     Field(description="llm.c: the text as it is; harness: prepared as lm-evaluation-harness does"),
@@ -42,10 +42,10 @@ class Continuation(Benchmark):
     """
 
     kind: Literal["continuation"] = "continuation"
-    examples: PositiveInt = 500
-    context_tokens: PositiveInt = 64
-    ending_tokens: PositiveInt = 24
-    seed: int = 42
+    examples: Count = 500
+    context_tokens: Count = 64
+    ending_tokens: Count = 24
+    seed: Seed = 42
 
 
 class Lambada(Benchmark):
@@ -87,7 +87,7 @@ class WikiText103(Benchmark):
     source: BenchmarkSource
     detokenize: Annotated[bool, Field(description="undo WikiText's own tokenization (spaces, @-@) first")] = True
     stride: Annotated[
-        PositiveInt | None, Field(description="tokens a window moves; None: the context length, no overlap")
+        Count | None, Field(description="tokens a window moves; None: the context length, no overlap")
     ] = None
 
 
@@ -97,7 +97,7 @@ class Core(Benchmark):
 
     kind: Literal["core"] = "core"
     source: BenchmarkSource
-    limit: Annotated[PositiveInt | None, Field(description="of each task, only so many examples")] = None
+    limit: Annotated[Count | None, Field(description="of each task, only so many examples")] = None
 
 
 BenchmarkConfig = Annotated[

@@ -13,24 +13,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from gpt2.benchmark_config import BenchmarkConfig, Continuation, HellaSwag  # noqa: F401 also known from here
 from gpt2.source_config import (  # noqa: F401
     CorpusSource,
+    Count,
     HubFiles,
     HubModel,
     HubShards,
     InstalledDocs,
     LocalFiles,
     LocalModel,
+    LocalPath,
     LocalShards,
     ModelSource,
     Section,
+    Seed,
 )
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Auto = Literal["auto"]
+Steps = Annotated[int, Field(gt=0, le=10**9)]
+Processes = Annotated[int, Field(gt=0, le=4096)]
+ShardTokens = Annotated[int, Field(gt=0, lt=2**31, description="llm.c's header has 32 bits for it")]
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -45,8 +51,8 @@ class TokenizeConfig(Section):
 
     tokenizer: Literal["gpt2"] = "gpt2"
     prefix: Annotated[str, Field(pattern=r"^[a-z0-9_-]+$")] = "fineweb"
-    shard_tokens: PositiveInt = 100_000_000
-    val_tokens: Annotated[PositiveInt | None, Field(description="tokens of shard 0; None: shard_tokens")] = None
+    shard_tokens: ShardTokens = 100_000_000
+    val_tokens: Annotated[ShardTokens | None, Field(description="tokens of shard 0; None: shard_tokens")] = None
     on_bad_input: Annotated[
         Literal["error", "skip"],
         Field(description="a row group that cannot be read, a null or non-string row: stop, or skip and list it"),
@@ -59,11 +65,11 @@ class TokenizeConfig(Section):
 class ModelConfig(Section):
     """GPT-2's architecture, in GPT-2's own names. Dropout is 0, as in every recipe here."""
 
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
-    block_size: PositiveInt = 1024
-    vocab_size: PositiveInt = 50257
+    n_layer: Annotated[int, Field(gt=0, le=1024)]
+    n_head: Annotated[int, Field(gt=0, le=1024)]
+    n_embd: Annotated[int, Field(gt=0, le=65_536)]
+    block_size: Annotated[int, Field(gt=0, le=2**20)] = 1024
+    vocab_size: Annotated[int, Field(gt=0, le=2**16, description="shards hold 16-bit tokens")] = 50257
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ModelConfig:
@@ -91,7 +97,7 @@ class OptimConfig(Section):
 
     max_lr: PositiveFloat
     min_lr: Annotated[float, Field(ge=0.0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 700
+    warmup_steps: Annotated[int, Field(ge=0, le=10**9)] = 700
     schedule: Literal["cosine", "wsd"] = "cosine"
     decay_fraction: Annotated[Fraction, Field(description="wsd only: the last part of the steps decays linearly")] = 0.2
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
@@ -109,26 +115,24 @@ class OptimConfig(Section):
 
 
 class ValConfig(Section):
-    every: PositiveInt = 250
-    tokens: Annotated[PositiveInt, Field(description="the first so many tokens of the validation shard")] = 10_485_760
+    every: Count = 250
+    tokens: Annotated[Count, Field(description="the first so many tokens of the validation shard")] = 10_485_760
 
 
 class SampleConfig(Section):
     """Text samples written during training, from `<|endoftext|>` alone or from a prompt."""
 
-    every: PositiveInt = 20_000
-    tokens: PositiveInt = 64
+    every: Count = 20_000
+    tokens: Count = 64
     prompts: tuple[str, ...] = ("",)
     temperature: PositiveFloat = 1.0
-    top_k: PositiveInt | None = 50
+    top_k: Count | None = 50
 
 
 class CheckpointConfig(Section):
-    every: PositiveInt = 5_000
-    keep_last: Annotated[
-        PositiveInt, Field(description="the newest so many are kept; 2 or more survive a damaged one")
-    ] = 2
-    keep_every: Annotated[PositiveInt | None, Field(description="also keep each step divisible by this")] = None
+    every: Count = 5_000
+    keep_last: Annotated[Count, Field(description="the newest so many are kept; 2 or more survive a damaged one")] = 2
+    keep_every: Annotated[Count | None, Field(description="also keep each step divisible by this")] = None
 
 
 class AnomalyConfig(Section):
@@ -136,18 +140,20 @@ class AnomalyConfig(Section):
 
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     on_spike: Literal["ignore", "warn", "stop", "skip", "rollback"] = "warn"
-    window: PositiveInt = 128
+    window: Count = 128
     loss_z: PositiveFloat = 6.0
     grad_z: PositiveFloat = 6.0
-    max_skips: Annotated[PositiveInt, Field(description="stop after so many steps skipped or rolled back")] = 10
+    max_skips: Annotated[Count, Field(description="stop after so many steps skipped or rolled back")] = 10
 
 
 class TrainConfig(Section):
     model: ModelConfig
     optim: OptimConfig
-    total_batch_size: Annotated[PositiveInt, Field(description="tokens per optimizer step, over all GPUs")] = 524_288
-    max_steps: PositiveInt
-    seed: int = 42
+    total_batch_size: Annotated[int, Field(gt=0, le=2**31, description="tokens per optimizer step, over all GPUs")] = (
+        524_288
+    )
+    max_steps: Steps
+    seed: Seed = 42
     shuffle: Annotated[
         bool, Field(description="a fresh permutation of all sequences each epoch; else in file order")
     ] = True
@@ -158,12 +164,12 @@ class TrainConfig(Section):
     ] = False
     val: ValConfig = ValConfig()
     benchmark: Annotated[str | None, Field(description="name under `benchmarks` to score while training")] = None
-    benchmark_every: PositiveInt = 250
+    benchmark_every: Count = 250
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     anomalies: AnomalyConfig = AnomalyConfig()
     init_from: Annotated[
-        str | None,
+        LocalPath | None,
         Field(description="folder with a Hugging Face or llm.c GPT-2 to start from instead of random weights"),
     ] = None
     init_sha256: Annotated[
@@ -194,7 +200,7 @@ class TrainConfig(Section):
 
 
 class EvaluateConfig(Section):
-    val_tokens: PositiveInt = 10_485_760
+    val_tokens: Count = 10_485_760
     benchmarks: Annotated[tuple[str, ...], Field(description="names under `benchmarks`")] = ()
 
 
@@ -203,9 +209,10 @@ class HarnessConfig(Section):
 
     tasks: Annotated[tuple[str, ...], Field(min_length=1, description="the harness's names, such as arc_easy")]
     data: Annotated[
-        dict[str, str], Field(description="task -> local file (jsonl, parquet) of its examples, instead of the Hub")
+        dict[str, LocalPath],
+        Field(description="task -> local file (jsonl, parquet) of its examples, instead of the Hub"),
     ] = {}
-    limit: Annotated[PositiveInt | None, Field(description="of each task, only so many examples")] = None
+    limit: Annotated[Count | None, Field(description="of each task, only so many examples")] = None
 
     @model_validator(mode="after")
     def _data_is_for_tasks(self) -> HarnessConfig:
@@ -268,12 +275,14 @@ class RunConfig(Section):
 class Runtime(Section):
     """All of *how*. Nothing here may change what is computed beyond rounding; none of it is hashed."""
 
-    store: Annotated[Path, Field(description="where every stage's directory lives")] = Path("store")
-    gpus: Annotated[int, Field(ge=0)] | Auto = "auto"
-    processes: Annotated[PositiveInt, Field(description="training processes where there is no GPU")] = 1
-    micro_batch_size: Annotated[PositiveInt | Auto, Field(description="sequences per forward pass and process")] = (
-        "auto"
+    store: Path = Field(
+        default_factory=lambda: Path("store").absolute(),
+        validate_default=False,  # in JSON, a path is text
+        description="where every stage's directory lives",
     )
+    gpus: Annotated[int, Field(ge=0, le=4096)] | Auto = "auto"
+    processes: Annotated[Processes, Field(description="training processes where there is no GPU")] = 1
+    micro_batch_size: Annotated[Count | Auto, Field(description="sequences per forward pass and process")] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool | Auto = "auto"
     sharding: Literal["auto", "ddp", "zero1", "fsdp"] = "auto"
@@ -285,7 +294,7 @@ class Runtime(Section):
         bool | Auto,
         Field(description="bit-equal when repeated or resumed on the same machine; auto: on a CPU, where it is free"),
     ] = "auto"
-    tokenize_workers: PositiveInt | Auto = "auto"
+    tokenize_workers: Processes | Auto = "auto"
     tokenize_backend: Literal["auto", "tiktoken"] = "auto"
     cluster: Annotated[
         str | None,
@@ -295,15 +304,20 @@ class Runtime(Section):
         str | None,
         Field(description="folder or address that all workers can write, for what they hand over; None: in the store"),
     ] = None
-    download_workers: PositiveInt = 8
-    log_every: PositiveInt = 10
+    download_workers: Processes = 8
+    log_every: Count = 10
     verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = (
         False
     )
-    nodes: PositiveInt = 1
+    nodes: Processes = 1
     rendezvous: Annotated[str | None, Field(description="host:port of the c10d rendezvous, for nodes > 1")] = None
 
     @field_validator("store")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        if "\0" in str(value):
+            raise ValueError("a path holds no NUL: remove it")
+        try:
+            return value.expanduser().absolute()
+        except RuntimeError as error:  # ~user of a user that does not exist
+            raise ValueError(f"{error}") from error

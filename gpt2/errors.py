@@ -1,6 +1,43 @@
-"""The one exception that is meant for the person at the terminal."""
+"""The one exception that is meant for the person at the terminal, and what its text may hold."""
+
+from __future__ import annotations
+
+import re
+
+MESSAGE_CHARACTERS, VALUE_CHARACTERS = 2_000, 200
+"""what is shown of a message, and of one value in it"""
+
+_USER = re.compile(r"://(?:[^\s/\"<>]*|[^\s:/@\"<>]+:(?!\d+/)[^\s@\"<>]*)@")
+"""user:password before a host; a password may hold "/", but a number and a slash are a port"""
+_QUERY = re.compile(
+    r"([?&][^\s=&#]*(?:token|key|secret|passw|pwd|sig|auth|credential)[^\s=&#]*=)[^\s&#\"<>]+", re.IGNORECASE
+)
 
 
 class UserError(Exception):
     """Something the user can put right. Its text is one clear message: what is wrong, with both numbers where there
-    are two, and the way out. Stage commands print it without a traceback and exit with status 2."""
+    are two, and the way out. Stage commands print it without a traceback and exit with status 2.
+
+    Long messages are shortened in the middle, and credentials are removed from addresses.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(shorten(without_credentials(message), MESSAGE_CHARACTERS))
+
+
+def without_credentials(text: str) -> str:
+    """`text` with neither user:password nor the tokens of queries in the addresses that it holds."""
+    return _QUERY.sub(r"\1***", _USER.sub("://", text))
+
+
+def shorten(text: str, limit: int = VALUE_CHARACTERS) -> str:
+    """`text` if it has at most `limit` characters, else its two ends and how much is left out between them."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} ... {len(text) - 2 * half:,} characters ... {text[-half:]}"
+
+
+def describe(error: OSError) -> str:
+    """The system's reason and the file: what a person needs of an OSError."""
+    return f"{error.strerror}: {error.filename}" if error.filename else str(error)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from gpt2 import strict_yaml
 from gpt2.config import RunConfig, Runtime
-from gpt2.errors import UserError
+from gpt2.errors import UserError, describe, shorten
 
 CONF = Path(__file__).parent.parent / "conf"
 RUNTIME_PREFIX = "runtime."
@@ -51,31 +52,41 @@ def load_runtime(runtime: str | None = None, overrides: Mapping[str, Any] | None
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
-    """["train.optim.max_lr=3e-4", "runtime.gpus=2"] -> {"train.optim.max_lr": "3e-4", "runtime.gpus": 2}; the values
+    """["train.optim.max_lr=3e-4", "runtime.gpus=2"] -> {"train.optim.max_lr": 0.0003, "runtime.gpus": 2}; the values
     are YAML.
 
     Raises:
-        UserError: an argument without "=".
+        UserError: an argument without "=", a field given twice, or a value that is not YAML.
     """
     overrides = {}
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if not equals or not key:
-            raise UserError(f"{argument!r} is not an override: write field=value, as in train.optim.max_lr=3e-4")
+            raise UserError(
+                f"{shorten(argument)!r} is not an override: write field=value, as in train.optim.max_lr=3e-4"
+            )
+        if key in overrides:
+            raise UserError(f"{key} is given twice: remove one")
         try:
-            overrides[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise UserError(f"the value of {argument!r} is not YAML: {error}") from error
+            overrides[key] = strict_yaml.load(value)
+        except ValueError as error:
+            raise UserError(f"the value of {shorten(argument)!r} cannot be read as YAML: {error}") from error
     return overrides
 
 
 def _read_yaml(path: Path, missing: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(missing) from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+    except OSError as error:
+        raise UserError(describe(error)) from error
+    except ValueError as error:  # not UTF-8, or a path that no file can have
+        raise UserError(f"{str(path)!r} cannot be read: {error}") from error
+    try:
+        tree = strict_yaml.load(text)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no sections")
     return tree
@@ -84,21 +95,25 @@ def _read_yaml(path: Path, missing: str) -> dict[str, Any]:
 def _merge(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(tree)
     for dotted, value in overrides.items():
-        head, _, rest = dotted.partition(".")
-        if rest:
-            inner = merged.get(head)
-            merged[head] = _merge(inner if isinstance(inner, dict) else {}, {rest: value})
-        else:
-            merged[head] = value
+        *sections, field = dotted.split(".")
+        here = merged
+        for section in sections:
+            inner = here.get(section)
+            here[section] = dict(inner) if isinstance(inner, dict) else {}
+            here = here[section]
+        here[field] = value
     return merged
 
 
 def _validate(model: type[M], tree: dict[str, Any], where: str) -> M:
+    """Read strictly, as JSON: a number is no text, and true is no number."""
     try:
-        return model.model_validate(tree)
+        return model.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         lines = [_explain(model, detail) for detail in error.errors()]
         raise UserError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
+    except (RecursionError, TypeError, ValueError) as error:  # JSON cannot hold it
+        raise UserError(f"{where}: not a configuration: {error}") from error
 
 
 def _explain(model: type[BaseModel], detail: Any) -> str:
@@ -111,7 +126,7 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
         return f"{path}: no such field; {hint}"
-    given = "" if detail["type"] in ("missing", "value_error") else f" (given: {detail['input']!r})"
+    given = "" if detail["type"] in ("missing", "value_error") else f" (given: {shorten(repr(detail['input']))})"
     return f"{path}: {message}{given}" if path else message
 
 
@@ -130,6 +145,8 @@ def _walk(model: type[BaseModel], location: list[str]) -> tuple[str, list[type[B
             shown.append(part)
             continue
         candidates = _models(here)
+        if not candidates and not part.isdigit():  # the name of a member of a union of values
+            continue
         tagged = [candidate for candidate in candidates if len(candidates) > 1 and _tag(candidate) == part]
         if tagged:
             here = tagged[0]

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field
+
+Count = Annotated[int, Field(gt=0, le=10**12)]
+"""so small that a Count of 64-bit words, or a million times as many, has a size of 64 bits"""
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+LocalPath = Annotated[str, Field(pattern=r"^[^\x00]+$")]
+"""no system accepts NUL in a path"""
 
 
 class Section(BaseModel):
@@ -32,7 +38,7 @@ class LocalFiles(Section):
     """Files on this machine: parquet, jsonl (also .gz, .zst) or txt. Identified by content, not by place."""
 
     kind: Literal["local"] = "local"
-    paths: Annotated[tuple[str, ...], Field(min_length=1, description="paths or glob patterns, in reading order")]
+    paths: Annotated[tuple[LocalPath, ...], Field(min_length=1, description="paths or glob patterns, in reading order")]
     text_column: str = "text"
 
 
@@ -49,7 +55,7 @@ class LocalShards(Section):
     """Ready-made token shards in llm.c's format on this machine; *_val_* is validation, the rest is training."""
 
     kind: Literal["local-shards"] = "local-shards"
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]
+    paths: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
 
 
 class InstalledDocs(Section):
@@ -57,7 +63,7 @@ class InstalledDocs(Section):
     the standard library, the long descriptions of the installed distributions. Differs between installations."""
 
     kind: Literal["installed-docs"] = "installed-docs"
-    max_bytes: PositiveInt = 50_000_000
+    max_bytes: Count = 50_000_000
 
 
 class HubModel(Section):
@@ -73,7 +79,7 @@ class LocalModel(Section):
     """A GPT-2 in a Hugging Face folder on this machine. Identified by content, not by place."""
 
     kind: Literal["local-model"] = "local-model"
-    path: str
+    path: LocalPath
 
 
 ModelSource = Annotated[HubModel | LocalModel, Field(discriminator="kind")]

@@ -10,8 +10,6 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from gpt2.atomic import write_text
 from gpt2.config import RunConfig
 from gpt2.manifest import (
@@ -29,6 +27,7 @@ from gpt2.manifest import (
 from gpt2.metrics import NOT_METRICS
 from gpt2.plan import Plan
 from gpt2.stage import Provenance, git_commit
+from gpt2.strict_yaml import dump
 from tasks.mlflow_runs import client, find_or_create, tracking_uri
 from tasks.progress import Tail
 
@@ -195,9 +194,7 @@ class Mirror:
         new = [Param(key, value[:PARAM_LENGTH]) for key, value in parameters.items() if key not in there]
         for start in range(0, len(new), 100):
             self.mlflow.log_batch(self.run_id, params=new[start : start + 100])
-        self.mlflow.log_text(
-            self.run_id, yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), "config.yaml"
-        )
+        self.mlflow.log_text(self.run_id, dump(self.config.model_dump(mode="json")), "config.yaml")
         self._remember("parameters", parameters)
 
     def _send_metrics(self) -> None:

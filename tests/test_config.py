@@ -1,11 +1,16 @@
 """The configuration refuses what is wrong, in the user's own terms, and carries the published recipes."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
+from gpt2 import strict_yaml
 from gpt2.config import ModelConfig, OptimConfig, TrainConfig
 from gpt2.errors import UserError
-from gpt2.recipe import load, load_runtime, names, parse_overrides
+from gpt2.recipe import CONF, load, load_runtime, names, parse_overrides
 
 PUBLISHED_PARAMETERS = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
 
@@ -114,3 +119,134 @@ def test_padded_vocabulary() -> None:
     assert model.padded_vocab_size == 50_304
     train = TrainConfig(model=model, optim=OptimConfig(max_lr=6e-4), max_steps=1000)
     assert train.sequences_per_step == 512
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "0x10", "1_000", "true", '"1"', "2026-01-01", "1.0", "1e1", "null"])
+def test_what_only_resembles_an_integer_is_refused(value: str) -> None:
+    """Bug: as YAML 1.1 has it, 010 is 8 and 1:30 is 90; and true counts as 1."""
+    with pytest.raises(UserError, match=r"train\.seed: "):
+        load("124m", parse_overrides([f"train.seed={value}"]))
+
+
+@pytest.mark.parametrize("value", ["yes", "no", "on", "off", "y", "1", "0", '"true"'])
+def test_only_true_and_false_are_booleans(value: str) -> None:
+    with pytest.raises(UserError, match=r"train\.shuffle: "):
+        load("124m", parse_overrides([f"train.shuffle={value}"]))
+
+
+@pytest.mark.parametrize("value", ["1e-4", "1.0e-4", "1E-4", "0.0001", ".0001"])
+def test_a_number_with_an_exponent_is_a_number(value: str) -> None:
+    """Bug: YAML 1.1 reads 1e-4 as text."""
+    assert parse_overrides([f"a={value}"]) == {"a": 1e-4}
+    assert load("124m", parse_overrides([f"train.optim.max_lr={value}"])).train.optim.max_lr == 1e-4
+
+
+def _numbers(tree: dict[str, Any], path: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{path}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(f"{path}{key}")
+    return found
+
+
+def test_no_numeric_field_accepts_a_boolean_or_text() -> None:
+    """Bug: true was accepted as 1; through Prefect, overrides arrive as JSON and pass no YAML reader."""
+    fields = _numbers(load("124m").model_dump())
+    assert len(fields) > 30
+    for field in fields:
+        for value in (True, "3"):
+            with pytest.raises(UserError, match=re.escape(field)):
+                load("124m", {field: value})
+    for field in _numbers(load_runtime().model_dump()):
+        with pytest.raises(UserError, match=field):
+            load_runtime(None, {f"runtime.{field}": True})
+
+
+def test_a_key_given_twice_is_refused_with_its_line(tmp_path: Path) -> None:
+    """Bug: the last one wins, so the learning rate that is read is not the one that is used."""
+    text = (CONF / "124m.yaml").read_text()
+    path = tmp_path / "twice.yaml"
+    path.write_text(text.replace("train:\n", "train:\n  seed: 1\n  seed: 2\n"))
+    with pytest.raises(UserError, match=r"'seed' is given twice.*line \d+"):
+        load(str(path))
+    with pytest.raises(UserError, match=r"train\.seed is given twice"):
+        parse_overrides(["train.seed=1", "train.seed=2"])
+
+
+def test_the_runtime_s_file_is_read_as_strictly(tmp_path: Path) -> None:
+    path = tmp_path / "runtime.yaml"
+    path.write_text("gpus: 010\n")
+    with pytest.raises(UserError, match="gpus"):
+        load_runtime(str(path))
+    path.write_text("gpus: 1\ngpus: 2\n")
+    with pytest.raises(UserError, match="twice"):
+        load_runtime(str(path))
+
+
+def test_a_recipe_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "latin.yaml").write_bytes("name: é".encode("latin-1"))
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 10_000)
+    (tmp_path / "circle.yaml").write_text("a: &x [*x]")
+    (tmp_path / "tag.yaml").write_text("a: !!timestamp 2026-99-99")
+    names = ["folder.yaml", "latin.yaml", "deep.yaml", "circle.yaml", "tag.yaml", "folder.yaml/inside.yaml"]
+    for recipe in [*(str(tmp_path / name) for name in names), "a" * 5_000, "nul\0"]:
+        for read in (load, load_runtime):
+            with pytest.raises(UserError) as caught:
+                read(recipe)
+            assert "\n" not in str(caught.value) and len(str(caught.value)) < 3_000
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "train.seed=2026-99-99",
+        "train.seed=" + "9" * 5_000,
+        "train.seed=" + "[" * 5_000,
+        "train.seed=" + "[" * 300 + "]" * 300,
+        ".".join("a" * 5_000) + "=1",
+        'report.title="\\ud800"',
+        'train.init_from="\\0"',
+        'runtime.store="\\0"',
+        "runtime.store=~no-such-user/store",
+        f"train.seed={2**63}",
+        f"train.seed={-(2**63) - 1}",
+        f"train.model.n_layer={10**9}",
+        f"train.model.n_embd={12 * 10**9}",
+        f"train.model.block_size={2**40}",
+        f"train.model.vocab_size={2**16 + 1}",
+        f"train.max_steps={10**18}",
+        f"train.total_batch_size={2**40}",
+        f"train.val.tokens={10**30}",
+        f"train.sample.tokens={10**30}",
+        f"tokenize.shard_tokens={2**31}",
+        f"evaluate.val_tokens={2**63}",
+        f"runtime.processes={10**9}",
+    ],
+)
+def test_a_value_that_nothing_can_hold_is_refused_before_anything_runs(override: str) -> None:
+    """Bug: a traceback, or an overflow that is found only after hours of tokenization."""
+    with pytest.raises(UserError) as caught:
+        overrides = parse_overrides([override])
+        load("124m", overrides)
+        load_runtime(None, overrides)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_message_shortens_a_long_value() -> None:
+    """Bug: 100,000 characters of a value fill the terminal, and hide what is wrong with it."""
+    with pytest.raises(UserError) as caught:
+        load("124m", {"train.optim.max_lr": "x" * 100_000})
+    assert "train.optim.max_lr: " in str(caught.value) and len(str(caught.value)) < 500
+    message = str(UserError("begin" + "x" * 100_000 + "end"))
+    assert message.startswith("begin") and message.endswith("end") and len(message) < 3_000
+
+
+@pytest.mark.parametrize(
+    "value", ["yes", "010", "1:30", "1e-4", "1E5", "~", "", "2026-01-01", "=", "a\0b", 1e-5, 6e-4, 1]
+)
+def test_what_is_written_is_read_as_the_same(value: object) -> None:
+    """Bug: a report's configuration writes the text 1e-4 without quotes, which is then read as a number."""
+    assert strict_yaml.load(strict_yaml.dump({"a": [value]})) == {"a": [value]}

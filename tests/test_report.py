@@ -34,7 +34,7 @@ from gpt2.plan import plan, plan_baseline, prepare
 from gpt2.recipe import load, parse_overrides
 from gpt2.report import definitions
 from gpt2.report.__main__ import report
-from gpt2.report.again import as_yaml, command, configuration
+from gpt2.report.again import command, configuration
 from gpt2.report.chapters import spaced
 from gpt2.report.content import lead
 from gpt2.report.drawing import spread, thin
@@ -43,6 +43,7 @@ from gpt2.report.plots import draw
 from gpt2.report.run import Run, Sample, gather, read_curves
 from gpt2.report.text import visible
 from gpt2.stage import StageDir
+from gpt2.strict_yaml import dump
 
 TOY: dict[str, Any] = {
     "train.model.n_layer": 2,
@@ -645,7 +646,7 @@ def test_the_configuration_in_the_report_gives_the_same_addresses(tmp_path: Path
     run = run_of(store)
     assert run.recipe is None
     saved = tmp_path / "no-such-recipe.yaml"
-    saved.write_text(as_yaml(configuration(run)), encoding="utf-8")
+    saved.write_text(dump(configuration(run)), encoding="utf-8")
     assert plan(load(str(saved)), store.path).report.address == run.address
     assert "CONF=no-such-recipe.yaml" in command(run)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
-import yaml
-
+from gpt2 import strict_yaml
 from gpt2.manifest import Request
 from gpt2.report.run import Run
 
@@ -66,11 +66,6 @@ def command(run: Run) -> str:
     return "\n".join(lines)
 
 
-def as_yaml(tree: dict[str, Any]) -> str:
-    text: str = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=100)
-    return text
-
-
 def _source(request: Request) -> dict[str, Any]:
     """A source as a configuration says it: the identity has hashes where a configuration has paths."""
     source: dict[str, Any] = request.hints["source"]["source"]
@@ -87,4 +82,8 @@ def _differences(recipe: Any, run: Any, path: str = "") -> Iterator[tuple[str, A
 
 
 def _yaml_value(value: Any) -> str:
-    return value if isinstance(value, str) and yaml.safe_load(value) == value else json.dumps(value, ensure_ascii=False)
+    if isinstance(value, str):
+        with suppress(ValueError):
+            if strict_yaml.load(value) == value:
+                return value
+    return json.dumps(value, ensure_ascii=False)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gpt2.flops import flops_per_token
-from gpt2.report.again import as_yaml, command, configuration
+from gpt2.report.again import command, configuration
 from gpt2.report.benchmarks import core_tasks, is_share, standard_error, title
 from gpt2.report.compare import notes, value_of
 from gpt2.report.definitions import METRICS_SHOWN, definition
@@ -28,6 +28,7 @@ from gpt2.report.format import (
     whole,
 )
 from gpt2.report.run import Run, Sample
+from gpt2.strict_yaml import dump
 
 SAMPLES_SHOWN = 12
 ANOMALIES_SHOWN = 50
@@ -252,7 +253,7 @@ def again(run: Run) -> list[Block]:
         "The same configuration gives the same addresses: what the store has of it is not run again. One stage alone: "
     )
     blocks.append(Paragraph((cached, stage)))
-    blocks.append(Listing(as_yaml(configuration(run)), folded="The whole configuration"))
+    blocks.append(Listing(dump(configuration(run)), folded="The whole configuration"))
     return blocks
 
 
