@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 CHOICES = "GPT2_CHOICES"
 """environment variable: where gpt2.kernels.choices keeps what it is told; without it nothing is kept"""
@@ -17,9 +18,15 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0))
 
 
+class Gpu(NamedTuple):
+    number: str
+    uuid: str
+    name: str
+
+
 @cache
-def gpu_names() -> tuple[str, ...]:
-    """Names of the NVIDIA GPUs that CUDA_VISIBLE_DEVICES leaves; empty without a driver."""
+def _all_gpus() -> tuple[Gpu, ...]:
+    """The machine's NVIDIA GPUs in nvidia-smi's order; empty without a driver."""
     if shutil.which("nvidia-smi") is None:
         return ()
     try:
@@ -29,12 +36,23 @@ def gpu_names() -> tuple[str, ...]:
         ).stdout  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ()
-    gpus = [tuple(part.strip() for part in line.split(",", 2)) for line in listing.splitlines() if line.strip()]
+    return tuple(
+        Gpu(*(part.strip() for part in line.split(",", 2))) for line in listing.splitlines() if line.count(",") >= 2
+    )
+
+
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        wanted = [token.strip() for token in visible.split(",") if token.strip()]
-        gpus = [gpu for token in wanted for gpu in gpus if token == gpu[0] or gpu[1].startswith(token)]
-    return tuple(name for _, _, name in gpus)
+    if visible is None:
+        return _all_gpus()
+    wanted = [token.strip() for token in visible.split(",") if token.strip()]
+    return tuple(gpu for token in wanted for gpu in _all_gpus() if token == gpu.number or gpu.uuid.startswith(token))
+
+
+def gpu_names() -> tuple[str, ...]:
+    """Names of the visible GPUs."""
+    return tuple(gpu.name for gpu in visible_gpus())
 
 
 def keep_compiled(store: Path) -> None:

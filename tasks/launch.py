@@ -6,7 +6,6 @@ processes. Its lines are passed on; how it failed is said in one sentence.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import queue
 import re
@@ -14,12 +13,11 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
@@ -113,7 +111,11 @@ def environment(stage: Stage, runtime: Runtime) -> dict[str, str]:
 
     What the user has set himself stands.
     """
-    ours = {"PYTHONUNBUFFERED": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(GRACE_SECONDS - 20))}
+    ours = {
+        "PYTHONUNBUFFERED": "1",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # nvidia-smi's: the GPU that is locked is the one that is used
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(int(GRACE_SECONDS - 20)),
+    }
     if stage.parallel:
         ours["OMP_NUM_THREADS"] = str(max(1, cpu_count() // processes(stage, runtime)))
         if runtime.gpus == 0 or not gpu_names():
@@ -256,33 +258,3 @@ def failure(status: int, tail: list[str]) -> StageFailed:
         return StageCrashed(raised[-1])
     last = next((line for line in reversed(own or tail) if line.strip()), "it printed nothing")
     return StageCrashed(f"exit status {status}: {last.strip()}")
-
-
-# ------------------------------------------------------------------------------------------------------------ GPUs
-
-
-@contextmanager
-def gpus_held(count: int, what: str, on_wait: Callable[[str], None]) -> Iterator[tuple[int, ...]]:
-    """Hold this host's first `count` visible GPUs for as long as anybody has the yielded descriptors open.
-
-    A kernel lock on one file a GPU: two trainings never share a GPU, whoever started them, and a killed holder lets
-    go. Handed to the child, the locks last until the child's end, not only until this process's.
-    """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = [token.strip() for token in visible.split(",")] if visible else [str(i) for i in range(count)]
-    with ExitStack() as stack:
-        held = []
-        for name in sorted(names[:count]):  # sorted, so that two runs never wait for each other
-            path = Path(tempfile.gettempdir()) / f"gpt2-gpu-{re.sub(r'[^A-Za-z0-9-]', '_', name)}.lock"
-            file = stack.enter_context(open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                on_wait(f"GPU {name} is held by {file.read().strip() or 'another run'}; waiting for it")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            file.seek(0)
-            file.truncate()
-            file.write(f"process {os.getpid()}: {what}")
-            file.flush()
-            held.append(file.fileno())
-        yield tuple(held)

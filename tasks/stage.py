@@ -33,6 +33,7 @@ from gpt2.plan import prepare
 from gpt2.stage import StageDir
 from gpt2.stages import STAGES
 from tasks import launch
+from tasks.gpu_locks import gpus_held
 from tasks.progress import Artifact, Bar, Display, LogLines, Progress
 
 RESULTS = Path(".prefect") / "results"
@@ -128,7 +129,7 @@ def run_stage(request: Request, runtime: Runtime, inputs: tuple[Manifest, ...] =
     gpus = launch.processes(stage, runtime) if stage.parallel and runtime.gpus != 0 and gpu_names() else 0
     what = f"{request.address} in {runtime.store}"
     try:
-        with launch.gpus_held(gpus, what, logger.info) if gpus else nullcontext(()) as locks:
+        with gpus_held(gpus, what, logger.info) if gpus else nullcontext(()) as locks:
             launch.run(
                 launch.command(stage, directory, runtime),
                 env=launch.environment(stage, runtime),

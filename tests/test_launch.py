@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gpt2 import machine
 from gpt2.config import Runtime
 from gpt2.errors import UserError
+from gpt2.machine import Gpu
 from gpt2.stages import STAGES
 from tasks import launch
+from tasks.gpu_locks import gpus_held
 
 WAITER = """
 import os, signal, subprocess, sys, time
@@ -54,8 +58,11 @@ def gone(pid: int) -> bool:
 
 
 @pytest.fixture
-def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "gpu_names", lambda: ("NVIDIA H100",) * 4)
+def four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = tuple(Gpu(str(i), f"GPU-{7 - i}a31", "NVIDIA H100") for i in range(4))
+    monkeypatch.setattr(machine, "_all_gpus", lambda: gpus)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_one_process_is_plain_python(tmp_path: Path) -> None:
@@ -229,12 +236,11 @@ def test_kill_9_of_torchrun_ends_the_ranks_in_order(tmp_path: Path, monkeypatch:
 # ---------------------------------------------------------------------------------------------------------- GPU locks
 
 
-def test_gpus_are_held_until_the_child_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("four_gpus")
+def test_gpus_are_held_until_the_child_ends() -> None:
     """A flow that is killed leaves its training a minute to save: the next one must not start on the same GPU."""
-    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     waited: list[str] = []
-    with launch.gpus_held(2, "train/0f3a", waited.append) as locks:
+    with gpus_held(2, "train/0f3a", waited.append) as locks:
         words = [sys.executable, "-c", "import sys; sys.stdin.read()"]
         child = subprocess.Popen(words, stdin=subprocess.PIPE, pass_fds=locks)
     assert child.stdin is not None
@@ -244,27 +250,65 @@ def test_gpus_are_held_until_the_child_ends(tmp_path: Path, monkeypatch: pytest.
         assert child.poll() is None
         child.stdin.close()
 
-    with child, launch.gpus_held(1, "train/1b2c", end_the_child):
+    with child, gpus_held(1, "train/1b2c", end_the_child):
         child.stdin.close()  # where nobody waited
         child.wait(20)
     assert waited == [f"GPU 0 is held by process {os.getpid()}: train/0f3a; waiting for it"]
 
 
-def test_disjoint_gpus_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
+@pytest.mark.usefixtures("four_gpus")
+def test_disjoint_gpus_do_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with launch.gpus_held(2, "a", lambda text: pytest.fail(text)):
+    with gpus_held(2, "a", pytest.fail):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-        with launch.gpus_held(2, "b", lambda text: pytest.fail(text)):
+        with gpus_held(2, "b", pytest.fail):
             pass
 
 
+@pytest.mark.usefixtures("four_gpus")
 def test_the_gpus_held_are_those_that_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: of "3,1" the one process uses GPU 3, while GPU 1 is held."""
-    monkeypatch.setattr(launch.tempfile, "gettempdir", lambda: str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
-    with launch.gpus_held(1, "a", lambda text: pytest.fail(text)):
-        assert [path.name for path in tmp_path.iterdir()] == ["gpt2-gpu-3.lock"]
+    with gpus_held(1, "a", pytest.fail):
+        assert [path.name for path in tmp_path.iterdir()] == ["gpt2-gpu-GPU-4a31.lock"]
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("name", ["1", "GPU-6a31", "GPU-6"])
+def test_a_gpu_has_one_lock_whatever_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Bug: a training under the index and one under the UUID share the GPU."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", name)
+    with gpus_held(1, "a", pytest.fail):
+        assert [path.name for path in tmp_path.iterdir()] == ["gpt2-gpu-GPU-6a31.lock"]
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes two users")
+def test_two_users_share_the_locks_of_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: the first user's umask leaves a file that the second user must not open."""
+
+    def hold(uid: int) -> None:
+        umask = os.umask(0o077)
+        os.seteuid(uid)
+        try:
+            with gpus_held(1, f"of user {uid}", pytest.fail):
+                pass
+        finally:
+            os.seteuid(0)
+            os.umask(umask)
+
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as shared:
+        os.chmod(shared, 0o1777)
+        monkeypatch.setattr(tempfile, "gettempdir", lambda: shared)
+        hold(12_001)
+        hold(12_002)
+        (lock,) = Path(shared).iterdir()
+        assert lock.stat().st_uid == 12_001 and "of user 12002" in lock.read_text()
+        lock.chmod(0o644)  # made by hand
+        hold(12_002)
+        lock.chmod(0o600)
+        with pytest.raises(UserError, match="readable for all users"):
+            hold(12_002)
 
 
 def test_a_process_that_was_asked_to_end_is_not_started_again() -> None:
