@@ -16,7 +16,7 @@ from prefect.logging import get_run_logger
 
 from flows.reproduce import configure, from_command_line, make_benchmarks, name_flow_run
 from gpt2.config import Runtime
-from gpt2.errors import UserError
+from gpt2.errors import UserError, presentable
 from gpt2.manifest import EvaluateFacts, Manifest
 from gpt2.plan import plan_baseline
 from tasks.baseline import record
@@ -59,7 +59,7 @@ def baseline(
         try:
             record(config, name, steps, how.store)
         except Exception as error:  # the tracking server's troubles are not the measurement's
-            get_run_logger().warning("MLflow has not got %s (%s); the same command sends it", name, error)
+            get_run_logger().warning("MLflow has not got %s (%s); the same command sends it", name, presentable(error))
     return measured
 
 

@@ -28,7 +28,7 @@ from prefect.logging import get_run_logger
 from flows import services
 from flows.environment import settle_prefect
 from gpt2.config import RunConfig, Runtime, Section
-from gpt2.errors import UserError
+from gpt2.errors import UserError, presentable, without_credentials
 from gpt2.manifest import MANIFEST, Manifest
 from gpt2.plan import BaselinePlan, Plan, plan
 from gpt2.recipe import load, load_runtime, parse_overrides
@@ -139,7 +139,10 @@ def name_flow_run(flow_run: Any, name: str) -> None:
 
 def links(flow_run: Any) -> dict[str, str]:
     """Tags that lead from MLflow to the flow run."""
-    return {"prefect.flow_run_id": str(flow_run), "prefect.flow_run": prefect_runtime.flow_run.ui_url or ""}
+    return {
+        "prefect.flow_run_id": str(flow_run),
+        "prefect.flow_run": without_credentials(prefect_runtime.flow_run.ui_url or ""),
+    }
 
 
 def _register(config: RunConfig, steps: Plan, how: Runtime, mirror: Mirror) -> None:
@@ -151,7 +154,7 @@ def _register(config: RunConfig, steps: Plan, how: Runtime, mirror: Mirror) -> N
     try:
         registry.register(mirror.run_id, config.name, train, evaluate, mirror.uri, on_line=logger.info)
     except Exception as error:
-        logger.warning("the model is not in MLflow's registry (%s); the same command tries again", error)
+        logger.warning("the model is not in MLflow's registry (%s); the same command tries again", presentable(error))
 
 
 def _show_report(config: RunConfig, directory: Path, mirror: Mirror) -> None:

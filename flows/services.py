@@ -25,7 +25,7 @@ import psutil
 from flows.environment import HOST, PORTS, START_SECONDS, answers, database_url
 from gpt2.atomic import write_text
 from gpt2.config import Runtime
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_credentials
 from gpt2.recipe import names
 
 STOP_SECONDS = 60.0
@@ -231,6 +231,7 @@ def where(store: Path, report: str, mlflow: str | None, flow_run: str) -> str:
         tracking = f"make up, then http://{HOST}:{PORTS['mlflow']}"
     if not prefect:
         prefect = f"make up, then http://{HOST}:{PORTS['prefect']}"
+    prefect, tracking = without_credentials(prefect), without_credentials(tracking)
     return "\n".join((
         f"report   {store / report / 'report.html'}",
         f"MLflow   {tracking.rstrip('/')}/{mlflow or ''}",

@@ -22,7 +22,7 @@ import fsspec  # type: ignore[import-untyped]
 from gpt2.cluster_encode import connect, encoded_on, encoder_of
 from gpt2.config import TokenizeConfig
 from gpt2.corpus import CannotReadNow, Reading, divide
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_credentials
 from gpt2.shard_folder import OutputFacts, RemoteFolder, file_system, shard_bytes
 from gpt2.shard_sequence import AT_ONCE
 
@@ -80,7 +80,7 @@ def tokenize_to(
         folder = RemoteFolder(Path(scratch), output, column)
         plan = folder.fingerprint(plan_of(units, config))
         if (finished := folder.finished(plan)) is not None:
-            print(f"tokenize: {output} is finished already", flush=True)
+            print(f"tokenize: {without_credentials(output)} is finished already", flush=True)
             return finished
         encoder, names = encoder_of(backend), set[str]()
         expected = expected_tokens(units, reading, encoder)
@@ -116,7 +116,8 @@ def main(arguments: list[str]) -> None:
     )
     with connect(options.scheduler) as client:
         facts = tokenize_to(client, options.inputs, options.output, config, options.column)
-    print(f"{len(facts.shards)} shards, {facts.train_tokens + facts.val_tokens:,} tokens in {options.output}")
+    output = without_credentials(options.output)
+    print(f"{len(facts.shards)} shards, {facts.train_tokens + facts.val_tokens:,} tokens in {output}")
 
 
 if __name__ == "__main__":

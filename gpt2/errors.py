@@ -7,7 +7,7 @@ import re
 MESSAGE_CHARACTERS, VALUE_CHARACTERS = 2_000, 200
 """what is shown of a message, and of one value in it"""
 
-_USER = re.compile(r"://(?:[^\s/\"<>]*|[^\s:/@\"<>]+:(?!\d+/)[^\s@\"<>]*)@")
+_USER = re.compile(r"://(?:[^\s/\"<>]*|[^\s:/@\"<>]+:(?!\d+/)[^\s\"<>]*)@")
 """user:password before a host; a password may hold "/", but a number and a slash are a port"""
 _QUERY = re.compile(
     r"([?&][^\s=&#]*(?:token|key|secret|passw|pwd|sig|auth|credential)[^\s=&#]*=)[^\s&#\"<>]+", re.IGNORECASE
@@ -22,7 +22,12 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(shorten(without_credentials(message), MESSAGE_CHARACTERS))
+        super().__init__(presentable(message))
+
+
+def presentable(message: object) -> str:
+    """Text or an exception's text without credentials, and not longer than a person reads."""
+    return shorten(without_credentials(str(message)), MESSAGE_CHARACTERS)
 
 
 def without_credentials(text: str) -> str:

@@ -30,7 +30,7 @@ from gpt2 import model_card
 from gpt2.atomic import fsync_dir, write_text
 from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
 from gpt2.config import ModelConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_credentials
 from gpt2.llmc import write_llmc
 from gpt2.model import GPT
 from gpt2.pretrained import read_any, resolve
@@ -241,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(export_llmc(args.checkpoint, args.out, LLMC_VERSIONS[args.format]))
     if args.push:
-        print(push(args.out, args.push, public=args.public))
+        print(without_credentials(push(args.out, args.push, public=args.public)))
 
 
 if __name__ == "__main__":

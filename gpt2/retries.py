@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import parse_ratelimit_headers
 
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_credentials
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """statuses of answers that may be others in a while"""
@@ -87,5 +87,5 @@ def _asked_to_wait(error: Exception) -> float | None:
 
 
 def first_line(error: BaseException) -> str:
-    text = " ".join(str(error).split("\n")).strip()
+    text = without_credentials(" ".join(str(error).split("\n")).strip())
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__

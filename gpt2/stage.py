@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from gpt2.config import Runtime, Section
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_credentials
 from gpt2.manifest import (
     MANIFEST,
     METRICS,
@@ -159,7 +159,7 @@ def provenance(started: float) -> Provenance:
         gpus=tuple(gpu_names()),
         started=started,
         ended=time.time(),
-        command=tuple(sys.orig_argv),
+        command=tuple(without_credentials(word) for word in sys.orig_argv),
     )
 
 

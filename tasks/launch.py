@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO
 
 from gpt2.config import Runtime
-from gpt2.errors import UserError
+from gpt2.errors import UserError, presentable, without_credentials
 from gpt2.machine import cpu_count, gpu_names
 from gpt2.stages import Stage
 
@@ -41,6 +41,9 @@ TETHER = str(Path(__file__).with_name("tether.py"))
 
 class StageFailed(Exception):
     """A stage's process did not end well. The text says why in one sentence, and where to look."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(presentable(message))
 
 
 class StageCrashed(StageFailed):
@@ -170,6 +173,7 @@ def run(
     tail: deque[str] = deque(maxlen=TAIL_LINES)
 
     def pass_on(line: str) -> None:
+        line = without_credentials(line)  # what libraries print is stored by Prefect
         tail.append(line)
         on_line(line)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.atomic import write_text
 from gpt2.config import RunConfig
+from gpt2.errors import without_credentials
 from gpt2.manifest import (
     MANIFEST,
     METRICS,
@@ -91,7 +92,7 @@ class Mirror:
         """Address of the run's page; None while nothing is known of it, or where a database file has no page."""
         if self.run_id is None or not self.uri.startswith("http"):
             return None
-        return f"{self.uri.rstrip('/')}/{self.fragment}"
+        return f"{without_credentials(self.uri).rstrip('/')}/{self.fragment}"
 
     @property
     def fragment(self) -> str:

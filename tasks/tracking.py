@@ -12,6 +12,7 @@ import time
 from types import TracebackType
 from typing import Any
 
+from gpt2.errors import without_credentials
 from tasks.mirror import Mirror
 
 EVERY_SECONDS = 2.0
@@ -31,6 +32,7 @@ class Tracking:
 
     def __init__(self, mirror: Mirror, *, busy: bool, close_seconds: float = CLOSE_SECONDS) -> None:
         self.mirror = mirror
+        self._address = without_credentials(mirror.uri)
         self._busy = busy
         self._close_seconds = close_seconds
         self._closing = threading.Event()
@@ -53,8 +55,8 @@ class Tracking:
         if self._thread.is_alive() or self._failing is not None:
             logger.warning(
                 "MLflow at %s has not got everything (%s); nothing is lost: the same command sends the rest",
-                self.mirror.uri,
-                self._failing or f"no answer within {self._close_seconds:.0f} s",
+                self._address,
+                _short(self._failing) if self._failing else f"no answer within {self._close_seconds:.0f} s",
             )
 
     # ------------------------------------------------------------------------------------------------- the thread
@@ -82,11 +84,11 @@ class Tracking:
                 self.mirror.set_status(status)
         except Exception as error:
             if self._failing is None:
-                logger.warning("MLflow at %s: %s; trying again later, the run goes on", self.mirror.uri, _short(error))
+                logger.warning("MLflow at %s: %s; trying again later, the run goes on", self._address, _short(error))
             self._failing = error
             return False
         if self._failing is not None:
-            logger.info("MLflow at %s has caught up", self.mirror.uri)
+            logger.info("MLflow at %s has caught up", self._address)
         self._failing = None
         return True
 
@@ -107,4 +109,4 @@ class Tracking:
 
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    return without_credentials(lines[0] if lines else type(error).__name__)[:300]

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gpt2 import strict_yaml
 from gpt2.config import ModelConfig, OptimConfig, TrainConfig
-from gpt2.errors import UserError
+from gpt2.errors import UserError, without_credentials
 from gpt2.recipe import CONF, load, load_runtime, names, parse_overrides
 
 PUBLISHED_PARAMETERS = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
@@ -250,3 +250,28 @@ def test_a_message_shortens_a_long_value() -> None:
 def test_what_is_written_is_read_as_the_same(value: object) -> None:
     """Bug: a report's configuration writes the text 1e-4 without quotes, which is then read as a number."""
     assert strict_yaml.load(strict_yaml.dump({"a": [value]})) == {"a": [value]}
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("http://ann:secret@host:5000/x", "http://host:5000/x"),
+        ("http://secret@host:5000", "http://host:5000"),
+        ("postgresql+psycopg2://ann:se/c#r?e@t@host/db", "postgresql+psycopg2://host/db"),
+        ("s3://key:se/cret@host/b", "s3://host/b"),
+        (
+            "https://host/a?token=secret&b=1&X-Amz-Signature=secret#f",
+            "https://host/a?token=***&b=1&X-Amz-Signature=***#f",
+        ),
+        ("tcp://host:8786 and tls://ann:secret@other:1", "tcp://host:8786 and tls://other:1"),
+        ("http://host:5000/a@b", "http://host:5000/a@b"),
+        ("https://huggingface.co/a/b/tree/main?recursive=True&expand=False",) * 2,
+        ("sqlite:////home/ann@work/mlflow.db",) * 2,
+        ("ann@host: no address",) * 2,
+        ('{"a":"http://host","b":"ann@host"}',) * 2,
+    ],
+)
+def test_an_address_is_shown_without_its_credentials(given: str, shown: str) -> None:
+    """Bug: user:password of MLFLOW_TRACKING_URI, HF_ENDPOINT and others stands in messages, links and logs."""
+    assert without_credentials(given) == shown
+    assert str(UserError(given)) == shown

@@ -1,6 +1,7 @@
 """MLflow says what the store says: once, on one run, and never at the cost of the work."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from flows.services import where
 from gpt2.config import RunConfig, Runtime
 from gpt2.manifest import METRICS
 from gpt2.metrics import MetricsWriter, cut_after_step
@@ -251,6 +253,25 @@ def test_a_server_that_is_down_costs_little(
         ended = time.monotonic()
     assert time.monotonic() - ended < 30, f"closing took {time.monotonic() - ended:.0f} s after {work:.0f} s of work"
     assert "nothing is lost: the same command sends the rest" in caplog.text
+
+
+def test_credentials_of_the_tracking_server_are_not_shown(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bug: user:password of MLFLOW_TRACKING_URI stands in the log, in the last lines and in a link that is stored."""
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        uri = f"http://ann:secret@127.0.0.1:{closed.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        monkeypatch.setattr(logging.getLogger("prefect"), "propagate", True)
+        mirror = pipeline.mirror()
+        with Tracking(mirror, busy=False):
+            pass
+    assert "http://127.0.0.1:" in caplog.text and "secret" not in caplog.text
+    mirror.run_id, mirror.experiment_id = "0f", "1"
+    assert mirror.page is not None and mirror.page.startswith("http://127.0.0.1:")
+    shown = where(pipeline.store, "report/0f", mirror.fragment, "a1")
+    assert "http://127.0.0.1:" in shown and "secret" not in shown
 
 
 def test_the_relay_catches_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
