@@ -7,7 +7,6 @@ The recipe's report draws its lines from them once they are measured.
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from prefect import flow
@@ -16,6 +15,7 @@ from prefect.logging import get_run_logger
 
 from flows.reproduce import configure, from_command_line, make_benchmarks, name_flow_run
 from gpt2.config import Runtime
+from gpt2.console import command
 from gpt2.errors import UserError, presentable
 from gpt2.manifest import EvaluateFacts, Manifest
 from gpt2.plan import plan_baseline
@@ -74,4 +74,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

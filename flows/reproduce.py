@@ -28,7 +28,8 @@ from prefect.logging import get_run_logger
 from flows import services
 from flows.environment import settle_prefect
 from gpt2.config import RunConfig, Runtime, Section
-from gpt2.errors import UserError, presentable, without_credentials
+from gpt2.console import command
+from gpt2.errors import REFUSED, UserError, presentable, without_credentials
 from gpt2.manifest import MANIFEST, Manifest
 from gpt2.plan import BaselinePlan, Plan, plan
 from gpt2.recipe import load, load_runtime, parse_overrides
@@ -105,12 +106,16 @@ def configure(
     """What is to be run, and how.
 
     Raises:
-        UserError: one of them is not valid; the text names the field.
+        UserError: one of them is not valid; the text names the field. Or the store cannot be written.
     """
     overrides = dict(overrides or {})
     if store:
         overrides["runtime.store"] = store
-    return load(recipe, overrides), load_runtime(runtime, overrides)
+    config, how = load(recipe, overrides), load_runtime(runtime, overrides)
+    place = next(path for path in (how.store, *how.store.parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"the store {how.store} cannot be written: change {place}, or give runtime.store=FOLDER")
+    return config, how
 
 
 def make_benchmarks(
@@ -176,7 +181,8 @@ class _OneLine(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if str(record.msg).startswith("View at "):
             return False
-        if record.exc_info and isinstance(record.exc_info[1], StageFailed | UserError):
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, StageFailed | UserError) or (isinstance(error, OSError) and error.errno in REFUSED):
             record.exc_info = None
         return True
 
@@ -250,4 +256,4 @@ def _stopped(message: str, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

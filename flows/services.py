@@ -25,6 +25,7 @@ import psutil
 from flows.environment import HOST, PORTS, START_SECONDS, answers, database_url
 from gpt2.atomic import write_text
 from gpt2.config import Runtime
+from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
 from gpt2.recipe import names
 
@@ -265,4 +266,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

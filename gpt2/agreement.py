@@ -22,13 +22,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpt2.benchmark import prepare_files
+from gpt2.console import command
 from gpt2.distributed import SOLO
 from gpt2.errors import UserError
 from gpt2.examples import Examples, load
 from gpt2.harness import Sample, choices, run_harness
 from gpt2.multiple_choice import Sums, sequence_sums
 from gpt2.pretrained import load_any, pick_device
-from gpt2.stage import fail
 
 ROUNDING = 1e-4
 """relative: two sums of an ending's fp32 losses that differ by less may come out in either order"""
@@ -147,7 +147,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        fail(str(error), 2)
+    command(lambda: main(sys.argv[1:]))

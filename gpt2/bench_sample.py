@@ -14,11 +14,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.generation import Choice, Generation
 from gpt2.model import GPT
 from gpt2.pretrained import load_any, pick_device
-from gpt2.stage import fail
 from gpt2.tokenizer import EOT
 
 WARM_UP = 10
@@ -64,7 +64,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        fail(str(error), 2)
+    command(lambda: main(sys.argv[1:]))

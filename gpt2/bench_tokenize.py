@@ -31,6 +31,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2.config import Runtime, TokenizeConfig
+from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.machine import cpu_count
 from gpt2.manifest import REQUEST, RUNTIME, DownloadFacts, Request, TokenizeFacts, write_model
@@ -307,8 +308,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(lambda: main(sys.argv[1:]))

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -26,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 from gpt2.bench_check import Loop, check, zipf_tokens
 from gpt2.build import device_name
 from gpt2.config import Runtime, TrainConfig
+from gpt2.console import command
 from gpt2.distributed import World, from_env, leave
-from gpt2.errors import UserError
 from gpt2.fast import FastGPT
 from gpt2.flops import mfu
 from gpt2.machine import keep_compiled
@@ -201,7 +200,4 @@ def print_figures(figures: dict[str, float]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -21,7 +21,8 @@ import fsspec  # type: ignore[import-untyped]
 
 from gpt2.cluster_encode import connect, encoded_on, encoder_of
 from gpt2.config import TokenizeConfig
-from gpt2.corpus import CannotReadNow, Reading, divide
+from gpt2.console import command
+from gpt2.corpus import Reading, divide
 from gpt2.errors import UserError, without_credentials
 from gpt2.shard_folder import OutputFacts, RemoteFolder, file_system, shard_bytes
 from gpt2.shard_sequence import AT_ONCE
@@ -121,8 +122,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, CannotReadNow) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(lambda: main(sys.argv[1:]))

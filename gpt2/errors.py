@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
 
 MESSAGE_CHARACTERS, VALUE_CHARACTERS = 2_000, 200
 """what is shown of a message, and of one value in it"""
+
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
+"""the user has to change the file, its mode or the path; trying again does not help"""
 
 _USER = re.compile(r"://(?:[^\s/\"<>]*|[^\s:/@\"<>]+:(?!\d+/)[^\s\"<>]*)@")
 """user:password before a host; a password may hold "/", but a number and a slash are a port"""
@@ -45,4 +49,5 @@ def shorten(text: str, limit: int = VALUE_CHARACTERS) -> str:
 
 def describe(error: OSError) -> str:
     """The system's reason and the file: what a person needs of an OSError."""
-    return f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    hint = "; choose another store with runtime.store=FOLDER" if error.errno == errno.EROFS else ""
+    return presentable(f"{error.strerror}: {error.filename}{hint}" if error.filename else error)

@@ -30,11 +30,11 @@ from gpt2 import model_card
 from gpt2.atomic import fsync_dir, write_text
 from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
 from gpt2.config import ModelConfig
+from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
 from gpt2.llmc import write_llmc
 from gpt2.model import GPT
 from gpt2.pretrained import read_any, resolve
-from gpt2.stage import fail
 from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_files
 from gpt2.weights import hf_config, load_hf, to_hf
@@ -245,9 +245,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
+    command(main)

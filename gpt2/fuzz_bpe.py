@@ -15,6 +15,7 @@ import numpy as np
 
 from gpt2.bpe import Kernel
 from gpt2.bpe_sample import hard_document
+from gpt2.console import command
 from gpt2.corpus import Batch
 from gpt2.corpus_lines import utf8
 from gpt2.encoder import TiktokenEncoder
@@ -72,4 +73,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(lambda: main(sys.argv[1:]))

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2.atomic import write_text
+from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.export import export_hf
 from gpt2.pretrained import pick_device
-from gpt2.stage import fail
 
 METRICS = ("acc", "acc_norm", "acc_bytes")
 
@@ -199,7 +199,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        fail(str(error), 2)
+    command(lambda: main(sys.argv[1:]))

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.generation import Choice, Generation, generate
 from gpt2.model import GPT
 from gpt2.pretrained import load_any, pick_device
-from gpt2.stage import fail
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 __all__ = ["TextPieces", "encode_prompt", "generate", "stream", "stream_batch"]
@@ -224,7 +224,4 @@ def _typed() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        fail(str(error), 2)
+    command(main)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpt2.atomic import fsync_dir
+from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
 
@@ -219,4 +220,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    command(lambda: main(sys.argv[1:]))

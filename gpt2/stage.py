@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 from gpt2.config import Runtime, Section
-from gpt2.errors import UserError, without_credentials
+from gpt2.console import fail
+from gpt2.errors import UserError, describe, without_credentials
 from gpt2.manifest import (
     MANIFEST,
     METRICS,
@@ -196,13 +197,7 @@ def main(work: Callable[[StageDir], object], argv: list[str] | None = None) -> N
     except OSError as error:
         if error.errno == errno.ENOSPC:
             fail(f"no space left for {arguments[0]}: free some and run again, finished work is kept", 2)
-        fail(f"{error.strerror}: {error.filename}" if error.filename else str(error), 2)
+        fail(describe(error), 2)
     except Exception:
         traceback.print_exc()
         sys.exit(1)
-
-
-def fail(message: str, status: int) -> NoReturn:
-    """One line on stderr that launchers recognise, then exit."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(status)

@@ -22,7 +22,7 @@ from gpt2.atomic import NO_SPACE
 from gpt2.build import device_name, has_fp8_head
 from gpt2.checkpoint import folder_name, read_state
 from gpt2.distributed import World, join, leave, locate
-from gpt2.errors import UserError
+from gpt2.errors import REFUSED, UserError, describe
 from gpt2.flops import flops_per_token, mfu
 from gpt2.interruption import Interrupted
 from gpt2.job import CHECKPOINTS, Job
@@ -195,6 +195,8 @@ def report(error: BaseException, world: World | None) -> int:
     elif isinstance(error, OSError) and error.errno in NO_SPACE:
         where = f" for {error.filename}" if error.filename else ""
         status, lines = 2, [f"error: no space left{where}: free some and run again, finished work is kept"]
+    elif isinstance(error, OSError) and error.errno in REFUSED:
+        status, lines = 2, [f"error: {describe(error)}"]
     prefix = f"[rank {world.rank}] " if world is not None and world.size > 1 and status == 1 else ""
     if world is not None and not world.first_to_say("failed"):
         lines = ["ends because another process failed first"]

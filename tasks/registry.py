@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
-from gpt2.stage import Provenance, StageDir, fail
+from gpt2.stage import Provenance, StageDir
 from tasks import launch
 from tasks.mlflow_runs import client
 
@@ -255,7 +256,4 @@ def _version(distribution: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        log(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
-    except UserError as error:
-        fail(str(error), 2)
+    command(lambda: log(sys.argv[1], sys.argv[2], Path(sys.argv[3])))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from gpt2.console import command
+
 
 class Definition(NamedTuple):
     name: str
@@ -276,4 +278,4 @@ def as_markdown() -> str:
 _BY_NAME = {each.name: each for definitions in GROUPS.values() for each in definitions}
 
 if __name__ == "__main__":
-    print(as_markdown(), end="")
+    command(lambda: print(as_markdown(), end=""))
