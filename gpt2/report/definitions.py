@@ -134,8 +134,8 @@ GROUPS: dict[str, tuple[Definition, ...]] = {
         Definition(
             "mfu",
             "share",
-            "Median over logged lines of train/mfu: tokens/s × flops_per_token / (GPUs × peak bf16 FLOP/s of one), each "
-            "line with the GPUs of its session.",
+            "Median over logged lines of train/mfu: tokens/s × flops_per_token / (GPUs × peak bf16 FLOP/s of one), "
+            "each line with the GPUs of its session.",
         ),
         Definition(
             "world_size",
