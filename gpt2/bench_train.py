@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
         sharding=arguments.sharding,
         micro_batch_size=arguments.micro_batch_size or "auto",
     )
-    keep_compiled(runtime.store)
+    keep_compiled()
     world = from_env()
     show = print_figures if world.is_main else lambda figures: None
     figures: dict[str, float] = {}

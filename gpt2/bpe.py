@@ -30,8 +30,9 @@ from gpt2.bpe_tables import kept_tables, vocabulary
 from gpt2.corpus import BATCH_BYTES, Batch
 from gpt2.encoder import Encoder, TiktokenEncoder
 from gpt2.errors import UserError
+from gpt2.machine import user_cache
 from gpt2.shards import TOKEN, Tokens
-from gpt2.tokenizer import EOT, gpt2_encoding, user_cache
+from gpt2.tokenizer import EOT, gpt2_encoding
 
 SOURCE = Path(__file__).with_name("bpe.c")
 FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC")

@@ -14,7 +14,7 @@ import tiktoken
 
 from gpt2.atomic import atomic_write
 from gpt2.errors import UserError
-from gpt2.tokenizer import user_cache
+from gpt2.machine import user_cache
 
 CODE_POINTS = 0x110000
 CLASSES = {1: r"\p{L}+", 2: r"\p{N}+", 3: r"\s+"}  # bpe.c's LETTER, NUMBER, SPACE; 0 is any other character

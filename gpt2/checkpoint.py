@@ -23,7 +23,7 @@ from torch import Tensor
 from gpt2.atomic import fsync_dir, write_text
 from gpt2.config import CheckpointConfig, ModelConfig, Section
 from gpt2.errors import UserError
-from gpt2.manifest import read_model, sha256_file, write_model
+from gpt2.manifest import Session, read_model, sha256_file, write_model
 from gpt2.model import GPT
 from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.weights import from_hf_layout, hf_config, hf_layout, load_hf, read_hf_config, to_hf
@@ -79,8 +79,16 @@ class TrainState(Section):
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
     """of the last steps, as many as anomalies and the final mean look back"""
+    val_loss: float | None = None
+    """the last one measured"""
+    speeds: tuple[float, ...] = ()
+    """train/tokens_per_second of each line logged so far"""
+    mfus: tuple[float, ...] = ()
+    """train/mfu of each line logged so far where the peak of the device is known"""
     train_seconds: float = 0.0
     total_seconds: float = 0.0
+    sessions: tuple[Session, ...] = ()
+    """add up to total_seconds; empty in checkpoints of before this field"""
     files: dict[str, Written] = {}
 
 

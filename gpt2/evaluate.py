@@ -276,7 +276,7 @@ def main(arguments: list[str]) -> int:
             runtime = StageDir(path).runtime
             world = locate("cpu" if runtime.gpus == 0 else None)
             set_determinism(runtime.deterministic)
-            keep_compiled(runtime.store)
+            keep_compiled()
             run(path, world)
         else:
             options = parser().parse_args(arguments)

@@ -20,7 +20,7 @@ from gpt2.errors import UserError
 from gpt2.flops import mfu
 from gpt2.interruption import Interrupted, Interruption
 from gpt2.loader import Batch, Loader, Prefetcher, places, write_aligned_starts
-from gpt2.manifest import TokenizeFacts
+from gpt2.manifest import Session, TokenizeFacts
 from gpt2.memory import choose, free_bytes, settle_micro_batch
 from gpt2.records import Records
 from gpt2.stage import StageDir
@@ -36,9 +36,12 @@ class Progress:
     evaluated: bool = False
     passed_over: int = 0
     skips: int = 0
+    val_loss: float | None = None
+    speeds: tuple[float, ...] = ()
+    mfus: tuple[float, ...] = ()
     train_seconds: float = 0.0
-    total_seconds: float = 0.0
-    """up to the beginning of this session"""
+    sessions: tuple[Session, ...] = ()
+    """those before this one"""
 
 
 def is_due(config: TrainConfig, step: int, every: int) -> bool:
@@ -80,6 +83,7 @@ class Job:
         self._held: Snapshot | None = None
         self._saved_step = -1
         self._recent: list[float] = []
+        """seconds of the steps since the last logged line"""
         self.restore()
         self.runtime = settle_micro_batch(config, self.runtime, directory.runtime, world, self.parallel, self.loss_fn)
         parts = places(config.sequences_per_step, world.size, self.micro_batch_size, world.rank)
@@ -130,21 +134,32 @@ class Job:
             self.world.broadcast_json(found.state.model_dump(mode="json") if found else None)
         )
         self.parallel.restore(found.tensors if found else {})
-        self.progress = Progress(**{name: getattr(state, name) for name in asdict(self.progress)})
+        self.progress = now = Progress(**{name: getattr(state, name) for name in asdict(self.progress)})
+        if state.total_seconds and not state.sessions:  # not recorded then: count them as on the devices of now
+            now.sessions = (self._session(state.total_seconds),)
+        if now.step == self.config.max_steps and now.val_loss is None:
+            now.evaluated = False  # not recorded then
         self.anomalies.remember(state.losses, state.grad_norms)
-        self.records.go_back_to(state.step, state.evaluated)
+        self.records.go_back_to(now.step, now.evaluated)
         self._saved_step = state.step if state.files else -1
-        self._held = None
+        self._held, self._recent = None, []
         if state.files:
             self.records.say(f"resuming after step {state.step:,} of {self.config.max_steps:,}")
 
     def _state(self) -> TrainState:
-        fields = asdict(self.progress) | {"total_seconds": self.total_seconds()}
+        sessions = self.sessions()
+        fields = asdict(self.progress) | {"sessions": sessions, "total_seconds": sum(s.seconds for s in sessions)}
         return TrainState(**fields, losses=tuple(self.anomalies.losses), grad_norms=tuple(self.anomalies.grad_norms))
 
-    def total_seconds(self) -> float:
-        """Of all sessions."""
-        return self.progress.total_seconds + time.monotonic() - self.began
+    def _session(self, seconds: float) -> Session:
+        return Session(device=device_name(self.world), processes=self.world.size, seconds=seconds)
+
+    def sessions(self) -> tuple[Session, ...]:
+        """All sessions up to now; one on the devices of the session before it continues that one."""
+        *before, last = *self.progress.sessions, self._session(time.monotonic() - self.began)
+        if before and before[-1].devices == last.devices:
+            last = self._session(before.pop().seconds + last.seconds)
+        return (*before, last)
 
     def _snapshot(self) -> Snapshot:
         """Copy everything into this machine's memory (rank 0 alone has it then). Every process must call it."""
@@ -272,7 +287,7 @@ class Job:
         now = self.progress
         # from what was passed over until now, which may be more than when the checkpoint was written
         now.passed_over = before.passed_over + before.step - now.step + 1
-        now.skips, now.total_seconds = before.skips, before.total_seconds
+        now.skips, now.sessions = before.skips, before.sessions
         places = {"seen_at": before.step + 1, "passed_over": now.passed_over, "skips": now.skips}
         self._write_anomaly(now.step, verdict, **places)
 
@@ -289,6 +304,9 @@ class Job:
         step_seconds = sum(self._recent) / len(self._recent)
         self._recent = []
         rate = config.total_batch_size / step_seconds
+        utilisation = mfu(config.model, rate, device_name(self.world), self.world.size)
+        now.speeds += (rate,)
+        now.mfus += () if utilisation is None else (utilisation,)
         self.records.metrics(
             now.step,
             **metrics,
@@ -296,7 +314,7 @@ class Job:
                 "train/tokens": now.step * config.total_batch_size,
                 "train/tokens_per_second": rate,
                 "train/step_ms": step_seconds * 1e3,
-                "train/mfu": mfu(config.model, rate, device_name(self.world), self.world.size),
+                "train/mfu": utilisation,
             },
         )
         self.records.say(

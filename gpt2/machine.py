@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -55,14 +57,37 @@ def gpu_names() -> tuple[str, ...]:
     return tuple(gpu.name for gpu in visible_gpus())
 
 
-def keep_compiled(store: Path) -> None:
-    """Have Triton, torch.compile and FlashAttention-4 keep what they compile beside the stages, and the kernels what
-    they measured, so that the next start does neither, in a new container too. What the user has set stands."""
+def user_cache(name: str) -> Path:
+    """A folder for files that can be made again, below XDG_CACHE_HOME or ~/.cache, or below the temporary folder where
+    that is not writable. Code is loaded from it, so only this user can read or write it."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reproduce-gpt2"
+    temporary = Path(tempfile.gettempdir()) / f"reproduce-gpt2-{os.getuid()}"
+    ours = next((folder for folder in (home, temporary) if _owner_only(folder)), None)
+    folder = (ours or Path(tempfile.mkdtemp(prefix="reproduce-gpt2-"))) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _owner_only(folder: Path) -> bool:
+    """Create `folder` unless it exists, and close it to other users; whether it is this user's and writable."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if folder.lstat().st_uid == folder.stat().st_uid == os.getuid():  # else another user could place code in it
+            folder.chmod(0o700)
+            return os.access(folder, os.W_OK)
+    return False
+
+
+def keep_compiled() -> None:
+    """Have Triton, torch.compile and FlashAttention-4 keep what they compile, and the kernels what they measured, in
+    the user's cache, so that the next start does neither. Not in the store: these files are executed, and a store may
+    come from elsewhere. What the user has set stands."""
+    folder = user_cache("compiled")
     for variable, name in (
         ("TRITON_CACHE_DIR", "triton"),
         ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
         ("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "flash-attn-4"),
         (CHOICES, "choices"),
     ):
-        os.environ.setdefault(variable, str((store / ".compiled" / name).absolute()))
+        os.environ.setdefault(variable, str(folder / name))
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")

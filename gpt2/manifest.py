@@ -121,6 +121,26 @@ class BenchmarkFacts(Section):
     """tasks that belong to it and that its data lacks -> why"""
 
 
+class Session(Section):
+    """A stretch of training on the same devices."""
+
+    device: str
+    """as the driver names it, or "cpu" """
+    processes: int
+    """one per GPU"""
+    seconds: float
+    """wall time, everything counted"""
+
+    @property
+    def devices(self) -> str:
+        """E.g. "8 x NVIDIA A100-SXM4-80GB" or "cpu"."""
+        return self.device if self.processes == 1 else f"{self.processes} x {self.device}"
+
+    @property
+    def gpus(self) -> int:
+        return 0 if self.device == "cpu" else self.processes
+
+
 class TrainFacts(Section):
     stage: Literal["train"] = "train"
     steps: int
@@ -134,14 +154,17 @@ class TrainFacts(Section):
     """inside optimizer steps, over all sessions; validation, benchmarks and checkpoints not counted"""
     total_seconds: float
     """of all sessions, everything counted"""
+    sessions: tuple[Session, ...] = ()
+    """in order, consecutive ones on the same devices as one; empty in manifests of before this field"""
     tokens_per_second: float
-    """median over steps"""
+    """median over logged lines"""
     flops_per_token: float
     mfu: float | None
-    """of the median step, or None where the peak of the device is not known"""
+    """median over logged lines, or None where the peak of no device is known"""
     device: str
-    """e.g. "8 x NVIDIA A100-SXM4-80GB" or "cpu" """
+    """all devices that trained, e.g. "8 x NVIDIA A100-SXM4-80GB, 1 x NVIDIA L4" or "cpu" """
     world_size: int
+    """processes of the last session"""
     precision: str
     fp8_head: bool = False
     """whether the last part of the training made the head's products in 8-bit floats"""
@@ -152,6 +175,16 @@ class TrainFacts(Section):
     def arithmetic(self) -> str:
         """The precision and what departed from it, in words."""
         return f"{self.precision}, head in fp8" if self.fp8_head else self.precision
+
+    def all_sessions(self) -> tuple[Session, ...]:
+        """`sessions`; where they are not recorded, one on the devices of the last."""
+        name = self.device.removeprefix(f"{self.world_size} x ")
+        return self.sessions or (Session(device=name, processes=self.world_size, seconds=self.total_seconds),)
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Wall time x GPUs, summed over sessions; 0 on CPUs."""
+        return sum(session.gpus * session.seconds for session in self.all_sessions())
 
 
 class PretrainedFacts(Section):

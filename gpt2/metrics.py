@@ -45,14 +45,32 @@ class MetricsWriter:
         self._file.close()
 
 
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """One line; None where it is damaged (no JSON object, no time or step) or not complete yet."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        found = json.loads(line)
+    except ValueError:  # of JSON and of UTF-8
+        return None
+    numbers = isinstance(found, dict) and (found.get("time"), found.get("step"))
+    return found if numbers and all(isinstance(number, int | float) for number in numbers) else None
+
+
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line that is still being written is left out."""
+    """The lines of a metrics file; damaged ones and a last line that is still being written are left out."""
     if not path.exists():
         return
     with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
+        yield from (found for line in file if (found := parse_line(line)) is not None)
+
+
+def damaged_lines(path: Path) -> int:
+    """Number of complete lines that `read_metrics` leaves out."""
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        return sum(line.endswith(b"\n") and parse_line(line) is None for line in file)
 
 
 def cut_torn_line(path: Path) -> None:

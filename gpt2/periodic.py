@@ -22,7 +22,7 @@ def evaluate(job: Job) -> None:
     tokens = {"train/tokens": float(step * config.total_batch_size)}
     with job.parallel.whole() as model:
         if is_due(config, step, config.val.every):
-            loss = _val_loss(job, model)
+            job.progress.val_loss = loss = _val_loss(job, model)
             job.records.metrics(step, **{"val/loss": loss}, **tokens)
             job.records.say(f"step {step:,}/{config.max_steps:,}  val loss {loss:.4f}")
         if step and job.benchmark is not None and is_due(config, step, config.benchmark_every):

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.manifest import METRICS
-from gpt2.metrics import MetricsWriter, keep_lines, read_metrics
+from gpt2.metrics import MetricsWriter, damaged_lines, keep_lines, read_metrics
 
 SAMPLES, ANOMALIES = "samples.jsonl", "anomalies.jsonl"
+RECORDS = (METRICS, SAMPLES, ANOMALIES)
 
 
 class Records:
@@ -35,7 +36,9 @@ class Records:
             return
         if self._metrics is not None:
             self._metrics.close()
-        for name in (METRICS, SAMPLES, ANOMALIES):
+        for name in RECORDS:
+            if damaged := damaged_lines(self.directory / name):
+                self.say(f"warning: {self.directory / name}: damaged lines, left out of curves and reports: {damaged}")
             keep_lines(
                 self.directory / name,
                 lambda line: line["step"] < step or (line["step"] == step and (evaluated or not _of_evaluation(line))),
@@ -81,7 +84,7 @@ class Records:
 
     def files(self) -> list[str]:
         """Those that exist, relative to the run's directory."""
-        return [name for name in (METRICS, SAMPLES, ANOMALIES) if (self.directory / name).exists()]
+        return [name for name in RECORDS if (self.directory / name).exists()]
 
 
 def _of_evaluation(line: dict[str, Any]) -> bool:

@@ -15,6 +15,9 @@ class Stage(Section):
     parallel: bool
     """whether it is started through torchrun, one process a GPU"""
 
+    checks_itself: bool = False
+    """whether it verifies its files before it goes on from them, so that a damaged one need not be removed first"""
+
     def command(self, directory: str) -> list[str]:
         return ["-m", self.module, directory]
 
@@ -25,7 +28,7 @@ STAGES = {
         Stage(name="download", version=1, module="gpt2.download", parallel=False),
         Stage(name="tokenize", version=1, module="gpt2.tokenize", parallel=False),
         Stage(name="benchmark", version=1, module="gpt2.benchmark", parallel=False),
-        Stage(name="train", version=1, module="gpt2.train", parallel=True),
+        Stage(name="train", version=1, module="gpt2.train", parallel=True, checks_itself=True),
         Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True),
         Stage(name="pretrained", version=1, module="gpt2.baseline", parallel=False),
         Stage(name="harness", version=1, module="gpt2.harness_stage", parallel=False),

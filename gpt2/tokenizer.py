@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -20,6 +19,7 @@ import tiktoken
 
 from gpt2.atomic import atomic_write
 from gpt2.errors import UserError
+from gpt2.machine import user_cache
 
 EOT = 50256
 """<|endoftext|>, written before every document"""
@@ -74,22 +74,6 @@ def gpt2_files() -> dict[str, bytes]:
         if data is None or _sha256(data) != sha256:
             raise UserError(f"GPT-2's {name} is not on this machine: install the distribution {CARRIER}==0.1.5")
     return {name: data for name, data in found.items() if data is not None}
-
-
-def user_cache(name: str) -> Path:
-    """A folder of ours for things that can be made again: in XDG_CACHE_HOME or ~/.cache, or in the temporary folder
-    where the home cannot be written."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "reproduce-gpt2" / name
-    with suppress(OSError):
-        home.mkdir(parents=True, exist_ok=True)
-        if os.access(home, os.W_OK):
-            return home
-    ours = Path(tempfile.gettempdir()) / f"reproduce-gpt2-{os.getuid()}"
-    ours.mkdir(exist_ok=True, mode=0o700)
-    if ours.stat().st_uid != os.getuid():  # made by another user, who could put code of theirs into it
-        ours = Path(tempfile.mkdtemp(prefix="reproduce-gpt2-"))
-    (ours / name).mkdir(exist_ok=True)
-    return ours / name
 
 
 @contextmanager

@@ -6,6 +6,7 @@ end with status 143 or 130. Status 2 comes with one line `error: ...`, 1 with a 
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import sys
@@ -27,9 +28,8 @@ from gpt2.flops import flops_per_token, mfu
 from gpt2.interruption import Interrupted
 from gpt2.job import CHECKPOINTS, Job
 from gpt2.machine import keep_compiled
-from gpt2.manifest import METRICS, TrainFacts
+from gpt2.manifest import TrainFacts
 from gpt2.memory import explain_out_of_memory
-from gpt2.metrics import read_metrics
 from gpt2.optim import learning_rate
 from gpt2.periodic import evaluate
 from gpt2.stage import StageDir
@@ -83,37 +83,37 @@ def train(job: Job) -> None:
 
 
 def finish(job: Job) -> None:
-    """Write the manifest over the final checkpoint and the records."""
-    config, world = job.config, job.world
+    """Write the manifest over the final checkpoint and the records; its numbers come from the checkpoint's state."""
+    config, world, now = job.config, job.world, job.progress
     job.checkpoints.wait()
     if not world.is_main:
         return
     folder = f"{CHECKPOINTS}/{folder_name(config.max_steps)}"
-    state = read_state(job.directory.path / folder)
-    lines = list(read_metrics(job.directory.path / METRICS))
-    rate = statistics.median(line["train/tokens_per_second"] for line in lines if "train/tokens_per_second" in line)
-    val_losses = [line["val/loss"] for line in lines if line["step"] == config.max_steps and "val/loss" in line]
-    if not val_losses:
+    written = read_state(job.directory.path / folder).files
+    if now.val_loss is None or not math.isfinite(now.val_loss):
         raise UserError(f"the validation loss of the final weights in {job.directory.path} is not finite")
-    name = device_name(world)
+    tokens, sessions = config.max_steps * config.total_batch_size, job.sessions()
+    # a run that logged nothing since speeds are recorded has only the mean over all steps
+    rate = statistics.median(now.speeds or [tokens / now.train_seconds])
     facts = TrainFacts(
         steps=config.max_steps,
-        tokens=config.max_steps * config.total_batch_size,
+        tokens=tokens,
         n_params=config.model.n_params(),
-        train_loss=statistics.fmean(state.losses[-max(1, config.max_steps // 100) :]),
-        val_loss=val_losses[-1],
-        train_seconds=state.train_seconds,
-        total_seconds=job.total_seconds(),
+        train_loss=statistics.fmean(list(job.anomalies.losses)[-max(1, config.max_steps // 100) :]),
+        val_loss=now.val_loss,
+        train_seconds=now.train_seconds,
+        total_seconds=sum(session.seconds for session in sessions),
+        sessions=sessions,
         tokens_per_second=rate,
         flops_per_token=flops_per_token(config.model),
-        mfu=mfu(config.model, rate, name, world.size),
-        device=name if world.size == 1 else f"{world.size} x {name}",
+        mfu=statistics.median(now.mfus) if now.mfus else mfu(config.model, rate, device_name(world), world.size),
+        device=", ".join(dict.fromkeys(session.devices for session in sessions)),
         world_size=world.size,
         precision=job.precision,
         fp8_head=has_fp8_head(job.loss_fn),
         checkpoint=folder,
     )
-    hashes = {f"{folder}/{name}": written.sha256 for name, written in state.files.items()}
+    hashes = {f"{folder}/{name}": file.sha256 for name, file in written.items()}
     files = [*hashes, f"{folder}/state.json", *job.records.files()]
     job.directory.finish(files, facts, sha256=hashes)
     job.records.say(f"done: val loss {facts.val_loss:.4f} after {facts.steps:,} steps, {rate:,.0f} tokens/s")
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> int:
         runtime = StageDir(path).runtime
         world = locate("cpu" if runtime.gpus == 0 else None)
         set_determinism(runtime.deterministic)
-        keep_compiled(runtime.store)
+        keep_compiled()
         run(path, world)
     except Interrupted as interrupted:
         if world is not None and world.is_main:

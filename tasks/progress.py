@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -11,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
+
+from gpt2.metrics import parse_line
 
 LOG_SECONDS = 10.0
 ARTIFACT_SECONDS = 5.0
@@ -45,7 +46,8 @@ class Tail:
                 if not line.endswith(b"\n"):
                     return  # still being written
                 self._offset += len(line)
-                yield json.loads(line)
+                if (found := parse_line(line)) is not None:
+                    yield found
 
 
 class Progress:

@@ -157,7 +157,8 @@ def _displays(request: Request, logger: Any) -> list[Display]:
 
 def discard_damaged(directory: Path, *, deep: bool = False) -> None:
     """Remove a finished stage's manifest if it does not agree with the files, and the files that are not what it
-    says; what is left is resumed like any unfinished work."""
+    says; what is left is resumed like any unfinished work. Training keeps its files: it verifies checkpoints itself,
+    and its records cannot be made again."""
     if not (directory / MANIFEST).exists():
         return
     with StageDir(directory).lock():
@@ -173,7 +174,8 @@ def discard_damaged(directory: Path, *, deep: bool = False) -> None:
         ]
         if damaged:
             (directory / MANIFEST).unlink(missing_ok=True)
-            for entry in damaged:
+            stage, _, _ = manifest.address.partition("/")
+            for entry in () if STAGES[stage].checks_itself else damaged:
                 (directory / entry.path).unlink(missing_ok=True)
 
 

@@ -26,9 +26,12 @@ from gpt2.manifest import (
     PretrainedFacts,
     ReportFacts,
     Score,
+    Session,
     ShardEntry,
     Skipped,
+    TrainFacts,
     read_model,
+    write_model,
 )
 from gpt2.plan import plan, plan_baseline, prepare
 from gpt2.recipe import load, parse_overrides
@@ -392,6 +395,31 @@ def test_on_a_cpu_there_is_no_gpu_to_pay_for(tmp_path: Path) -> None:
     assert facts.headline["gpu_hours"] is None and facts.headline["dollars"] is None and facts.headline["mfu"] is None
     assert page.row(RESULTS, "dollars")[1] == "–"
     assert page.row(TRAINING, "MFU") == ["–", "not given: the peak of the CPU is not known"]
+
+
+def test_gpu_hours_and_dollars_are_summed_over_sessions(tmp_path: Path) -> None:
+    """Bug: hours of all sessions times the GPUs of the last."""
+    store = Store(tmp_path, load("124m", TOY))
+    before = store.train.facts(TrainFacts)
+    assert before.gpu_seconds == 8 * before.total_seconds  # a manifest without sessions
+    parts = [Session(device="NVIDIA L4", processes=count, seconds=seconds) for count, seconds in ((8, 36e3), (1, 36e2))]
+    update = {"sessions": tuple(parts), "total_seconds": 396e2, "world_size": 1, "device": "8 x NVIDIA L4, NVIDIA L4"}
+    manifest = read_model(store.train.path / "manifest.json", Manifest)
+    write_model(
+        store.train.path / "manifest.json", manifest.model_copy(update={"facts": before.model_copy(update=update)})
+    )
+    page, _, facts = made(store)
+    assert (facts.headline["hours"], facts.headline["gpu_hours"]) == (11, 81)
+    assert facts.headline["dollars"] == pytest.approx(81 * 1.75)
+    assert page.row(TRAINING, "GPU-hours") == ["81", "10 h × 8 GPUs + 1 h × 1 GPU"]
+    assert "TFLOP/s" not in page.row(TRAINING, "MFU")[1]  # there is no one peak
+
+
+@pytest.mark.parametrize(("device", "processes", "gpus"), [("cpu", 1, 0), ("2 x cpu", 2, 0), ("NVIDIA L4", 1, 1)])
+def test_two_cpu_processes_are_no_gpus(device: str, processes: int, gpus: int, store: Store) -> None:
+    """Bug: "2 x cpu" in a manifest counts as two GPUs."""
+    update = {"device": device, "world_size": processes, "total_seconds": 10.0, "sessions": ()}
+    assert store.train.facts(TrainFacts).model_copy(update=update).gpu_seconds == 10 * gpus
 
 
 def test_without_benchmark_price_or_published_figures(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import time
@@ -12,7 +13,11 @@ from typing import Any
 import pytest
 from tiny_run import WHOLE_VOCABULARY, assert_same, faulty, lines, make_run, make_shards, result, run, start, steps
 
+from gpt2.manifest import TrainFacts
+from gpt2.metrics import parse_line
 from gpt2.records import Records
+from gpt2.stage import StageDir
+from tasks.stage import discard_damaged
 
 CAUSES = ("SIGKILL", "SIGTERM", "exception", "disk full")
 PHASES = ("step", "validation", "checkpoint")
@@ -147,3 +152,78 @@ def test_a_finished_stage_does_nothing_and_a_missing_manifest_is_made_again(tmp_
     output = run(directory)
     assert "resuming after step 12" in output and "loss " in output and "step 12/12" not in output
     assert_same(result(directory), before)
+
+
+def change_state(directory: Path, **changes: Any) -> None:
+    """Change the final checkpoint's state.json; None deletes a field. And have the stage finish once more."""
+    path = directory / "checkpoints" / "step_00000012" / "state.json"
+    state = json.loads(path.read_bytes()) | changes
+    path.write_text(json.dumps({name: value for name, value in state.items() if value is not None}))
+    (directory / "manifest.json").unlink()
+
+
+@pytest.mark.slow
+def test_gpus_and_mfu_are_of_all_sessions_not_of_the_last(tmp_path: Path) -> None:
+    """Bug: 19,000 steps on 8 GPUs and 560 on one give 8 times the MFU and an eighth of the GPU-hours."""
+    directory = make_run(tmp_path)
+    run(directory, expect=None, words=faulty(directory, 2, "SIGTERM", "step", 0))
+    run(directory)
+    facts = StageDir(directory).facts(TrainFacts)
+    assert [(session.device, session.processes) for session in facts.sessions] == [("cpu", 2), ("cpu", 1)]
+    assert sum(session.seconds for session in facts.sessions) == facts.total_seconds > facts.train_seconds
+    assert (facts.device, facts.world_size, facts.gpu_seconds) == ("2 x cpu, cpu", 1, 0)
+
+    eight, one = (
+        {"device": "NVIDIA L4", "processes": count, "seconds": seconds} for count, seconds in ((8, 5e4), (1, 9e3))
+    )
+    change_state(directory, sessions=[eight, one], total_seconds=5.9e4, speeds=[9.0, 8.0, 1.0], mfus=[0.5, 0.4, 0.6])
+    run(directory)
+    facts = StageDir(directory).facts(TrainFacts)
+    assert (facts.gpu_seconds, facts.mfu, facts.tokens_per_second) == (8 * 5e4 + 9e3, 0.5, 8.0)
+    assert facts.device == "8 x NVIDIA L4, NVIDIA L4, cpu" and facts.total_seconds > 5.9e4
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_sessions_speeds_and_val_loss_finishes(tmp_path: Path) -> None:
+    """Bug: a checkpoint written before these fields existed cannot be finished, or loses its hours."""
+    directory = make_run(tmp_path)
+    run(directory)
+    before, records = StageDir(directory).facts(TrainFacts), result(directory)
+    change_state(directory, sessions=None, speeds=None, mfus=None, val_loss=None, total_seconds=7200.0)
+    run(directory)
+    after = StageDir(directory).facts(TrainFacts)
+    assert after.val_loss == before.val_loss and after.train_loss == before.train_loss
+    assert after.tokens_per_second == pytest.approx(12 * 192 / after.train_seconds)
+    assert [session.processes for session in after.sessions] == [1] and after.total_seconds > 7200
+    assert sorted(result(directory)["metrics"], key=repr) == sorted(records["metrics"], key=repr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["not JSON", "not UTF-8", "deleted"])
+def test_a_damaged_metrics_file_costs_neither_the_training_nor_the_file(tmp_path: Path, damage: str) -> None:
+    """Bug: one changed byte in metrics.jsonl of a finished training deletes the file, and no later start finishes."""
+    directory = make_run(tmp_path)
+    run(directory)
+    facts, path = StageDir(directory).facts(TrainFacts), directory / "metrics.jsonl"
+    written = path.read_bytes().split(b"\n")
+    if damage == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(
+            b"\n".join([*written[:3], (b"\xff" if damage == "not UTF-8" else b"[") + written[3][1:], *written[4:]])
+        )
+    discard_damaged(directory)
+    assert not (directory / "manifest.json").exists() and path.exists() == (damage != "deleted")
+    output = run(directory)
+    assert ("damaged lines" in output) == (damage != "deleted")
+    again = StageDir(directory).facts(TrainFacts)
+    changed = {"total_seconds", "sessions"}
+    assert again.model_dump(exclude=changed) == facts.model_dump(exclude=changed)
+    kept = lines_kept(path)
+    assert kept == ([] if damage == "deleted" else [*written[:3], *written[4:-1]])
+    run(directory)
+
+
+def lines_kept(path: Path) -> list[bytes]:
+    """The lines that can be read."""
+    return [line for line in path.read_bytes().splitlines() if parse_line(line + b"\n")]

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.tokenizer import CACHE_VARIABLES, EOT, FILES, VOCAB_SIZE, gpt2_encoding, user_cache
+from gpt2.machine import user_cache
+from gpt2.tokenizer import CACHE_VARIABLES, EOT, FILES, VOCAB_SIZE, gpt2_encoding
 
 LOAD = "from gpt2.tokenizer import gpt2_encoding; print(gpt2_encoding().encode_ordinary('Hello, world'))"
 

@@ -17,7 +17,7 @@ from gpt2.anomaly import Anomalies, z_score
 from gpt2.checkpoint import load_model, save_model
 from gpt2.config import AnomalyConfig, ModelConfig, TrainConfig
 from gpt2.loader import Loader
-from gpt2.machine import CHOICES, keep_compiled
+from gpt2.machine import CHOICES, keep_compiled, user_cache
 from gpt2.manifest import TrainFacts
 from gpt2.model import GPT
 from gpt2.optim import learning_rate
@@ -265,15 +265,30 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(tmp_path: Path, finished: Path
     assert result(directory)["metrics"] == result(finished)["metrics"]
 
 
-def test_compiled_code_is_kept_in_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: each new container compiles everything again; or a folder that the user has chosen is not used."""
+def test_compiled_code_is_kept_for_this_user_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: code from a copied store is executed; another user can write to the folder; every start compiles again; a
+    folder that the user has chosen is not used."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
     fa4 = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{what}" for what in ("DIR", "ENABLED")]
     for variable in ("TORCHINDUCTOR_CACHE_DIR", CHOICES, *fa4):
         monkeypatch.setenv(variable, "")  # noted as not there, for the end of the test
         monkeypatch.delenv(variable)
-    keep_compiled(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "reproduce-gpt2").mkdir(mode=0o777)
+    keep_compiled()
+    folder = tmp_path / "reproduce-gpt2" / "compiled"
+    assert (tmp_path / "reproduce-gpt2").stat().st_mode & 0o777 == 0o700
     assert os.environ["TRITON_CACHE_DIR"] == "/chosen"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / ".compiled" / "inductor")
-    assert os.environ[CHOICES] == str(tmp_path / ".compiled" / "choices")
-    assert [os.environ[variable] for variable in fa4] == [str(tmp_path / ".compiled" / "flash-attn-4"), "1"]
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    assert os.environ[CHOICES] == str(folder / "choices")
+    assert [os.environ[variable] for variable in fa4] == [str(folder / "flash-attn-4"), "1"]
+
+
+def test_a_cache_folder_of_another_user_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: code is loaded from a folder that another user created under our name."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "reproduce-gpt2" / "compiled").mkdir(parents=True)
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    folder = user_cache("compiled")
+    assert tmp_path not in folder.parents and folder.parent.stat().st_mode & 0o777 == 0o700

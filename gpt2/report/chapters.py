@@ -104,12 +104,16 @@ def training(run: Run) -> list[Block]:
             f"{model.block_size:,}; forward and backward, attention causal"
         )
     mfu = f"not given: the peak of {run.device} is not known"
-    if facts.mfu:
+    sessions = facts.all_sessions()
+    if facts.mfu and len(sessions) > 1:
+        mfu = "median over logged lines of tokens/s × FLOPs a token / (GPUs × peak), each with its session's devices"
+    elif facts.mfu:
         peak = facts.tokens_per_second * facts.flops_per_token / (facts.mfu * facts.world_size)
         mfu = (
             f"tokens/s × FLOPs a token / (GPUs × peak): {facts.tokens_per_second:,.0f} × "
             f"{scientific(facts.flops_per_token)} / ({facts.world_size} × {peak / 1e12:,.0f} TFLOP/s)"
         )
+    gpu_hours = " + ".join(f"{hours(s.seconds / 3600)} × {plural(s.gpus, 'GPU')}" for s in sessions)
     a_step = facts.tokens / max(facts.steps, 1)
     cost = _price(run) if run.dollars is None else f"GPU-hours × ${run.report.dollars_per_gpu_hour:g}"
     rows: list[list[Text]] = [
@@ -117,11 +121,11 @@ def training(run: Run) -> list[Block]:
         ["passes over the data", fixed(run.epochs, 3), f"tokens / {run.tokenize_facts.train_tokens:,}"],
         ["FLOPs a token", scientific(facts.flops_per_token), formula],
         ["FLOPs", scientific(run.flops), "tokens × FLOPs a token"],
-        ["throughput", f"{whole(facts.tokens_per_second)} tokens/s", "median over steps"],
+        ["throughput", f"{whole(facts.tokens_per_second)} tokens/s", "median over logged lines"],
         ["MFU", percent(facts.mfu, 2), mfu],
         ["time in steps", duration(facts.train_seconds), "validation, benchmarks, checkpoints not counted"],
         ["hours", hours(run.hours), f"{facts.total_seconds:,.0f} s over all sessions, everything counted"],
-        ["GPU-hours", short(run.gpu_hours), f"hours × {plural(run.gpus, 'GPU')}"],
+        ["GPU-hours", short(run.gpu_hours), gpu_hours],
         ["dollars", dollars(run.dollars), cost],
         ["training loss", fixed(facts.train_loss, 4), "mean over the last 1 % of steps, nats a token"],
         ["precision", facts.arithmetic, plural(facts.world_size, "process", "processes")],

@@ -135,7 +135,7 @@ def _tiles(run: Run) -> list[Tile]:
         tiles.append(Tile("cost", dollars(run.dollars), per_hour))
     elif run.gpu_hours is not None:
         tiles.append(Tile("GPU-hours", significant(run.gpu_hours), "no price given"))
-    mfu = f"{percent(facts.mfu)} MFU" if facts.mfu is not None else "median over steps"
+    mfu = f"{percent(facts.mfu)} MFU" if facts.mfu is not None else "median over logged lines"
     tiles.append(Tile("tokens a second", short(facts.tokens_per_second), mfu))
     return tiles
 

@@ -44,19 +44,22 @@ GROUPS: dict[str, tuple[Definition, ...]] = {
         Definition(
             "train/tokens_per_second",
             "tokens/s",
-            "total_batch_size / duration of the step, all GPUs together.",
+            "total_batch_size / mean duration of the steps since the last logged line (train/step_ms), all GPUs "
+            "together.",
         ),
         Definition(
             "train/step_ms",
             "ms",
-            "Wall time of one optimizer step: all its micro-steps, the all-reduce, clipping and the update; "
+            "Wall time of an optimizer step, mean over the steps since the last logged line or, after a "
+            "resume, since the resume (runtime.log_every): all micro-steps, the all-reduce, clipping and the update; "
             "validation, benchmarks, samples and checkpoints not counted.",
         ),
         Definition(
             "train/mfu",
             "share",
-            "Model FLOPs utilisation of the step: tokens/s × flops_per_token / (GPUs × peak bf16 FLOP/s of one, "
-            "from the maker's data sheet, without sparsity). Not written where the peak is not known.",
+            "Model FLOPs utilisation over the steps since the last logged line: train/tokens_per_second × "
+            "flops_per_token / (GPUs × peak bf16 FLOP/s of one, from the maker's data sheet, without sparsity). Not "
+            "written where the peak is not known.",
         ),
         Definition(
             "val/loss",
@@ -108,28 +111,38 @@ GROUPS: dict[str, tuple[Definition, ...]] = {
         Definition(
             "total_seconds",
             "s",
-            "Time of all sessions of training, everything counted.",
+            "Wall time of all sessions of training, everything counted, from the creation of the model to the "
+            "manifest. Not counted: the start of the processes, and what a session that was killed (SIGKILL, power "
+            "cut) did after its last checkpoint; those steps are taken again and count then.",
+        ),
+        Definition(
+            "gpu_seconds",
+            "s",
+            "Wall time × GPUs, summed over sessions; same limits as total_seconds. 0 on CPUs. A checkpoint or manifest "
+            "that does not record its sessions counts as one session on the devices recorded with it or next.",
         ),
         Definition(
             "tokens_per_second",
             "tokens/s",
-            "Median over steps of train/tokens_per_second.",
+            "Median over logged lines of train/tokens_per_second, of all sessions.",
         ),
         Definition(
             "flops_per_token",
             "FLOPs",
-            "6 N + 6 L C T, as llm.c counts: N parameters, L layers, C width, T context; forward and backward "
-            "pass, attention causal. (nanoGPT counts 12 L C T.)",
+            "6 N + 6 L C T: N parameters (n_params), L layers, C width, T context; forward and backward pass, "
+            "attention causal. llm.c's formula, with the real vocabulary where llm.c counts 50,304 rows (124M: 0.027 % "
+            "less). nanoGPT counts 12 L C T.",
         ),
         Definition(
             "mfu",
             "share",
-            "tokens_per_second × flops_per_token / (GPUs × peak bf16 FLOP/s of one), at the median step.",
+            "Median over logged lines of train/mfu: tokens/s × flops_per_token / (GPUs × peak bf16 FLOP/s of one), "
+            "each line with the GPUs of its session.",
         ),
         Definition(
             "world_size",
             "",
-            "Processes that trained, one a GPU.",
+            "Processes of the last session, one per GPU. Devices of all sessions: device.",
         ),
     ),
     "Evaluation": (
@@ -239,7 +252,7 @@ GROUPS: dict[str, tuple[Definition, ...]] = {
         Definition(
             "gpu_hours",
             "h",
-            "hours × GPUs; not given on CPUs.",
+            "Wall time × GPUs, summed over sessions: gpu_seconds / 3600; not given on CPUs.",
         ),
         Definition(
             "dollars",

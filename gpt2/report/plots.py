@@ -213,7 +213,7 @@ def _mfu(run: Run) -> Plot | None:
     caption = "The share of the GPUs' peak that the model's own FLOPs make up, at each logged step."
     return _from_zero(
         run.curves["train/mfu"],
-        None if mfu is None else Level(mfu, f"median step {percent(mfu)}", INK),
+        None if mfu is None else Level(mfu, f"median {percent(mfu)}", INK),
         lambda share: f"{100 * share:g} %",
         ("mfu", "Model FLOPs utilisation (MFU)", caption),
     )

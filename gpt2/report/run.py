@@ -5,9 +5,8 @@ Nothing is measured here. Facts come from manifests, curves from metrics.jsonl, 
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,14 +134,9 @@ class Run:
         return (*self.measured, *self.report.published)
 
     @property
-    def gpus(self) -> int:
-        """GPUs that trained; 0 on CPUs."""
-        return 0 if self.train_facts.device.startswith("cpu") else self.train_facts.world_size
-
-    @property
     def device(self) -> str:
         """What trained, in words."""
-        return self.train_facts.device if self.gpus else "the CPU"
+        return self.train_facts.device if self.gpu_hours is not None else "the CPU"
 
     @property
     def hours(self) -> float:
@@ -151,7 +145,8 @@ class Run:
 
     @property
     def gpu_hours(self) -> float | None:
-        return self.hours * self.gpus if self.gpus else None
+        """Summed over sessions; None where only CPUs trained."""
+        return self.train_facts.gpu_seconds / 3600 or None
 
     @property
     def dollars(self) -> float | None:
@@ -210,7 +205,7 @@ def gather(directory: StageDir) -> Run:
         benchmarks={name: benchmark.facts(BenchmarkFacts) for name, benchmark in benchmarks.items()},
         curves=read_curves(read_metrics(model.path / METRICS)),
         samples=read_samples(model.path / SAMPLES),
-        anomalies=tuple(_json_lines(model.path / ANOMALIES)),
+        anomalies=tuple(read_metrics(model.path / ANOMALIES)),
         measured=tuple(_measured(name, stage) for name, stage in baselines.items()),
         harness=harness.facts(HarnessFacts) if harness is not None else None,
         without_harness=directory.request.hints.get("without_harness"),
@@ -276,17 +271,7 @@ def read_curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
 def read_samples(path: Path) -> tuple[Sample, ...]:
     """The text samples of a run by step; of one that a resumed run wrote again, the last counts."""
     samples = {}
-    for line in _json_lines(path):
+    for line in read_metrics(path):
         sample = Sample(line["step"], line["prompt"], line["text"])
         samples[sample.step, sample.prompt] = sample
     return tuple(sorted(samples.values(), key=lambda sample: sample.step))
-
-
-def _json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a file that may not be there; a torn last line is left out."""
-    if not path.exists():
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield json.loads(line)
