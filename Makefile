@@ -26,6 +26,7 @@ help: ## this list
 
 # torch first and alone: with its version settled, nothing else pulls in another build of it.
 $(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if sys.platform == "linux" else "error: Linux is needed (also in a container or WSL 2), this is " + sys.platform)'
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else "error: Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.12 ..." % v)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch

@@ -207,7 +207,7 @@ def costs(file: Path) -> list[tuple[str, float | None, float | None]]:
 
 
 def default_text(folder: Path) -> Path:
-    """Documentation of this installation, repeated to about DEFAULT_BYTES."""
+    """The demo corpus, repeated to about DEFAULT_BYTES."""
     from gpt2 import installed_docs
 
     once = folder / "once.parquet"

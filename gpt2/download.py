@@ -37,7 +37,7 @@ def origin(identity: dict[str, Any], hints: dict[str, Any]) -> str:
     if identity["kind"] in ("hub", "hub-shards", "hub-model"):
         return f"{identity['repo']}@{identity['revision']}"
     if identity["kind"] == "installed-docs":
-        return f"documentation of {hints['installation']}"
+        return f"docstrings of {hints['installation']}"
     names = [name for name, _, _ in identity["files"]]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"local files: {', '.join(names[:3])}{more}"

@@ -1,21 +1,17 @@
-"""English prose that every Python installation has: a corpus where no other can be had.
+"""English prose for a corpus that needs no data set: the docstrings of two packages that every installation has.
 
-Three kinds: the interpreter's documentation topics (pydoc_data), the docstrings of the standard library, and the long
-descriptions of the installed distributions. Sources are parsed, never imported. The same installation gives the same
-bytes.
+The project pins both packages exactly, so the corpus is the same on every machine, under every supported Python, and
+whatever else is installed. Sources are parsed, never imported.
 """
 
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
 import importlib.metadata
 import inspect
-import os
-import platform
 import re
-import sys
-import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,49 +21,87 @@ from pathlib import Path
 from gpt2.atomic import atomic_write
 from gpt2.errors import UserError
 
-OWN_DISTRIBUTION = "reproduce-gpt2"  # an edit of our README must not change the corpus
-NOT_DOCUMENTATION = frozenset({"test", "tests", "idle_test", "__pycache__", "site-packages", "dist-packages"})
+DISTRIBUTIONS = ("mlflow", "prefect")
+"""pure Python, pinned with == in pyproject.toml, and with the most prose of the packages that are"""
 SHORTEST, LONGEST = 1_000, 8_000
 """characters of a document: shorter ones are joined, longer ones cut between paragraphs, so that hashing spreads
-every kind evenly over the corpus"""
+every module evenly over the corpus"""
 
 
 @dataclass(frozen=True)
 class Document:
-    kind: str
-    """topics, docstrings or descriptions"""
     origin: str
     text: str
 
 
 @dataclass(frozen=True)
-class Installation:
-    """What the documents are made of, as far as it decides them."""
+class SourceFile:
+    name: str
+    """relative to the folder of packages"""
+    path: Path
+    sha256: str
+    """as the wheel's RECORD says: urlsafe base64 without padding"""
 
-    python: str
-    modules: tuple[tuple[str, int], ...]
-    """source files of the standard library: path relative to it, bytes"""
-    distributions: tuple[tuple[str, str], ...]
-    """(name, version), sorted"""
+    def parse(self) -> ast.Module:
+        """
+        Raises:
+            UserError: the file is missing, differs from the wheel's, or this Python cannot parse it.
+        """
+        try:
+            data = self.path.read_bytes()
+            now = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            if now != self.sha256:
+                raise UserError(f"{self.path} has sha256 {now}, its wheel {self.sha256}: reinstall the package")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # invalid escapes are not ours to report
+                return ast.parse(data)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserError(f"{self.path} cannot be read ({error}): reinstall the package") from None
+
+
+@dataclass(frozen=True)
+class Installation:
+    """The source files of DISTRIBUTIONS, which decide the corpus."""
+
+    versions: tuple[tuple[str, str], ...]
+    """(name, version)"""
+    files: tuple[SourceFile, ...]
+    """sorted by distribution, then by name"""
 
     @cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(repr((self.python, self.modules, self.distributions)).encode()).hexdigest()
+        return hashlib.sha256(repr([(file.name, file.sha256) for file in self.files]).encode()).hexdigest()
 
     def describe(self) -> str:
-        return f"Python {self.python}, {len(self.distributions)} distributions"
+        return ", ".join(f"{name} {version}" for name, version in self.versions)
 
 
 def installation() -> Installation:
-    """Look at this interpreter; reads no more than names, sizes and versions."""
-    stdlib = _stdlib()
-    modules = tuple((path.relative_to(stdlib).as_posix(), path.stat().st_size) for path in _modules(stdlib))
-    distributions = tuple((name, distribution.version) for name, distribution in _distributions())
-    return Installation(platform.python_version(), modules, distributions)
+    """Find the files by the RECORD of each distribution; none of them is opened.
+
+    Raises:
+        UserError: a distribution is missing, or has no RECORD.
+    """
+    versions, files = [], []
+    for name in DISTRIBUTIONS:
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise UserError(f"the demo corpus needs the package {name}: pip install -c constraints.txt -e .") from None
+        recorded = [
+            SourceFile(file.as_posix(), Path(str(file.locate())), file.hash.value)
+            for file in distribution.files or ()
+            if file.suffix == ".py" and file.hash is not None and file.hash.mode == "sha256" and ".." not in file.parts
+        ]
+        if not recorded:
+            raise UserError(f"the installed {name} {distribution.version} lists no source files: reinstall it with pip")
+        versions.append((name, distribution.version))
+        files += sorted(recorded, key=lambda file: file.name)
+    return Installation(tuple(versions), tuple(files))
 
 
 def write(path: Path, *, max_bytes: int) -> int:
-    """Write the corpus as parquet with the columns text, kind and origin, whole or not at all.
+    """Write the corpus as parquet with the columns text and origin, whole or not at all.
 
     Args:
         max_bytes: of UTF-8 text; documents beyond it are left out.
@@ -76,7 +110,7 @@ def write(path: Path, *, max_bytes: int) -> int:
         bytes of text.
 
     Raises:
-        UserError: the installation has no documentation.
+        UserError: as `installation` and `SourceFile.parse`.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -89,14 +123,8 @@ def write(path: Path, *, max_bytes: int) -> int:
             size -= len(document.text.encode())
             break
         chosen.append(document)
-    if not chosen:
-        raise UserError(f"the Python at {sys.prefix} has no documentation: use a source of kind local or hub")
     table = pa.table(
-        {
-            "text": [document.text for document in chosen],
-            "kind": [document.kind for document in chosen],
-            "origin": [document.origin for document in chosen],
-        }
+        {"text": [document.text for document in chosen], "origin": [document.origin for document in chosen]}
     )
     with atomic_write(path) as file:
         pq.write_table(table, file, compression="snappy", row_group_size=1_000)
@@ -105,53 +133,19 @@ def write(path: Path, *, max_bytes: int) -> int:
 
 def documents() -> list[Document]:
     """All documents, shuffled by the hash of their text; a paragraph that comes twice is kept where it comes first."""
-    seen: set[str] = set()
-    made = [*_pieces("topics", topics(), seen), *_pieces("docstrings", docstrings(), seen)]
-    made += _pieces("descriptions", descriptions(), seen)
-    return sorted(made, key=lambda document: hashlib.sha256(document.text.encode()).digest())
-
-
-# ------------------------------------------------------------------------------------- the kinds: (origin, paragraphs)
-
-
-def topics() -> Iterator[tuple[str, list[str]]]:
-    """The interpreter's documentation topics, those that `help("topics")` lists."""
-    try:
-        tree = ast.parse((_stdlib() / "pydoc_data" / "topics.py").read_bytes())
-    except (OSError, SyntaxError):
-        return
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            for topic, text in sorted(ast.literal_eval(node.value).items()):
-                yield topic, prose(text)
+    return sorted(_pieces(docstrings()), key=lambda document: hashlib.sha256(document.text.encode()).digest())
 
 
 def docstrings() -> Iterator[tuple[str, list[str]]]:
-    """The docstrings of each module of the standard library, those of functions and classes led by their names."""
-    stdlib = _stdlib()
-    for path in _modules(stdlib):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes are not ours to report
-                tree = ast.parse(path.read_bytes())
-        except (OSError, SyntaxError, ValueError):
-            continue
-        module = path.relative_to(stdlib).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    """(module, paragraphs): the docstrings of each module, those of functions and classes led by their names."""
+    for file in installation().files:
         paragraphs = []
-        for name, docstring in _docstrings_of(tree, ""):
+        for name, docstring in _docstrings_of(file.parse(), ""):
             own = prose(docstring)
             if own and name:
                 own[0] = f"{name}: {own[0]}"
             paragraphs += own
-        yield module, paragraphs
-
-
-def descriptions() -> Iterator[tuple[str, list[str]]]:
-    """The long descriptions of the installed distributions, freed of mark-up."""
-    for name, distribution in _distributions():
-        metadata = distribution.read_text("METADATA") or distribution.read_text("PKG-INFO") or ""
-        _, _, body = metadata.replace("\r\n", "\n").partition("\n\n")
-        yield name, prose(without_markup(body))
+        yield file.name.removesuffix(".py").replace("/", ".").removesuffix(".__init__"), paragraphs
 
 
 def _docstrings_of(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
@@ -221,40 +215,9 @@ def _items(block: str) -> Iterator[str]:
         yield " ".join(item)
 
 
-_MARKUP = [
-    (re.compile(pattern, flags), replacement)
-    for pattern, flags, replacement in [
-        (r"<!--.*?-->", re.DOTALL, ""),
-        (r"^( *)(```|~~~).*?^ *\2 *$", re.DOTALL | re.MULTILINE, ""),  # fenced code
-        (r"<(pre|table|svg|style|script)\b.*?</\1>", re.DOTALL | re.IGNORECASE, ""),
-        (r"`([^`<>]+?)\s*<[^`<>]+>`_{1,2}", 0, r"\1"),  # links of reStructuredText, whose addresses look like tags
-        (r"</?[A-Za-z][^<>]*>", 0, ""),  # tags
-        (r"\[?!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])(?:\](?:\([^)]*\)|\[[^\]]*\]))?", 0, ""),  # images and badges
-        (r"\[([^\]\[]+)\](?:\(\s*[^)]*\)|\[[^\]]*\])", 0, r"\1"),  # links
-        (r"^ *\[[^\]]+\]: .*$", re.MULTILINE, ""),  # their targets
-        (r"^ *\.\. .*(?:\n(?: +.*|(?=\n)))*", re.MULTILINE, ""),  # its directives, with what they hold
-        (r":[a-z:]+:`~?([^`]+)`", 0, r"\1"),  # its roles
-        (r"https?://\S+", 0, ""),
-        (r"^#+ .*$", re.MULTILINE, "\n"),  # headings
-        (r"\*\*|__(?=\w)|(?<=\w)__|``?", 0, ""),
-        (r"`_{1,2}", 0, ""),
-        (r"(?<=[A-Za-z0-9])_(?=[\s.,;:)])", 0, ""),  # named references of reStructuredText
-        (r"&nbsp;", 0, " "),
-        (r"&amp;", 0, "&"),
-        (r"\\([_*`#])", 0, r"\1"),
-    ]
-]
-
-
-def without_markup(text: str) -> str:
-    """Markdown, reStructuredText or HTML as plain text: without code, images, badges, tags and addresses."""
-    for pattern, replacement in _MARKUP:
-        text = pattern.sub(replacement, text)
-    return text
-
-
-def _pieces(kind: str, sources: Iterable[tuple[str, list[str]]], seen: set[str]) -> Iterator[Document]:
+def _pieces(sources: Iterable[tuple[str, list[str]]]) -> Iterator[Document]:
     """Documents of SHORTEST to LONGEST characters, as far as paragraphs allow; short neighbours share one."""
+    seen: set[str] = set()
     waiting: list[str] = []
     origins: list[str] = []
     length = 0
@@ -262,7 +225,7 @@ def _pieces(kind: str, sources: Iterable[tuple[str, list[str]]], seen: set[str])
     def flush() -> Iterator[Document]:
         nonlocal length
         if length >= SHORTEST:
-            yield Document(kind, ", ".join(dict.fromkeys(origins)), "\n\n".join(waiting))
+            yield Document(", ".join(dict.fromkeys(origins)), "\n\n".join(waiting))
             waiting.clear()
             origins.clear()
             length = 0
@@ -279,30 +242,3 @@ def _pieces(kind: str, sources: Iterable[tuple[str, list[str]]], seen: set[str])
             if length >= LONGEST:
                 yield from flush()
         yield from flush()
-
-
-# -------------------------------------------------------------------------------------------- this installation's files
-
-
-def _stdlib() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _modules(stdlib: Path) -> list[Path]:
-    """Source files of the standard library, sorted; without its tests."""
-    found = []
-    for folder, folders, names in os.walk(stdlib):
-        folders[:] = [name for name in folders if name not in NOT_DOCUMENTATION]
-        found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(found)
-
-
-def _distributions() -> list[tuple[str, importlib.metadata.Distribution]]:
-    """Installed distributions by normalised name, sorted; the first one on sys.path where there are several."""
-    folders = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
-    found: dict[str, importlib.metadata.Distribution] = {}
-    for distribution in importlib.metadata.distributions(path=folders):
-        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        if name and name != OWN_DISTRIBUTION:
-            found.setdefault(name, distribution)
-    return sorted(found.items())

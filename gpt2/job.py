@@ -106,9 +106,7 @@ class Job:
         config, starts = self.config, None
         if config.align_documents:
             starts = self.directory.path / ALIGNED_STARTS
-            if self.world.is_main:
-                write_aligned_starts(shards, config.model.block_size, starts)
-            self.world.barrier()
+            write_aligned_starts(shards, config.model.block_size, starts, self.world)
         loader = Loader(
             shards, config.model.block_size, config.sequences_per_step, config.seed, config.model.vocab_size,
             shuffle=config.shuffle, starts=starts,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gpt2.atomic import atomic_write
+from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.shards import Tokens, open_shard
 from gpt2.tokenizer import EOT
@@ -113,11 +114,18 @@ def aligned_starts(stream: TokenStream, T: int) -> NDArray[np.int64]:
     return np.array(starts, dtype=np.int64)
 
 
-def write_aligned_starts(shards: Sequence[Path], T: int, path: Path) -> None:
-    """Find the aligned starts, once for a run, and keep them in `path` (.npy): the whole stream has to be looked at."""
+def write_aligned_starts(shards: Sequence[Path], T: int, path: Path, world: World) -> None:
+    """Find the aligned starts, once for a run, and keep them in `path` (.npy): the whole stream has to be looked at.
+
+    Rank 0 does it and the others wait at the store: a collective would time out where the stream is long.
+    """
+    if not world.is_main:
+        world.wait_for(path.name)
+        return
     if not path.exists():
         with atomic_write(path) as file:
             np.save(file, aligned_starts(TokenStream(shards), T), allow_pickle=False)
+    world.tell(path.name)
 
 
 # ------------------------------------------------------------------------------------------------------------- loader

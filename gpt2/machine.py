@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -16,8 +17,38 @@ CHOICES = "GPT2_CHOICES"
 
 
 def cpu_count() -> int:
-    """Cores this process may use (affinity and cgroup-aware where Python is)."""
-    return len(os.sched_getaffinity(0))
+    """Cores that this process may use: its affinity's, or its cgroup's CPU quota, rounded up, where that is less."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, min(cores, math.ceil(cpu_quota() or cores)))
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """The smallest CPU quota, in cores, of this process's cgroup (v1 or v2) and of those above it; None without one.
+
+    Args:
+        root: where proc and sys/fs/cgroup lie.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        # v2 names no controller. A container may see the path on its host, and its own cgroup at the mount's root.
+        mount = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        group = mount / path.lstrip("/")
+        for folder in [group, *(above for above in group.parents if above.is_relative_to(mount))]:
+            with suppress(OSError, ValueError):  # no such folder, or "max"
+                if controllers:
+                    quota, period = (int((folder / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+                else:
+                    quota, period = map(int, (folder / "cpu.max").read_text().split())
+                if quota > 0 and period > 0:  # v1 has -1 for none
+                    quotas.append(quota / period)
+    return min(quotas, default=None)
 
 
 class Gpu(NamedTuple):

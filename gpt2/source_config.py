@@ -59,8 +59,8 @@ class LocalShards(Section):
 
 
 class InstalledDocs(Section):
-    """English prose that every Python installation has: the interpreter's documentation topics, the docstrings of
-    the standard library, the long descriptions of the installed distributions. Differs between installations."""
+    """English prose without a download: the docstrings of MLflow and Prefect, which the project pins. The same under
+    every Python and with every other package; it changes with the two versions."""
 
     kind: Literal["installed-docs"] = "installed-docs"
     max_bytes: Count = 50_000_000

@@ -1,7 +1,7 @@
 """Where text comes from: what a source is (its identity), and getting its files into a stage's directory.
 
 An identity says what the content is, never where it lies: local files are their names, sizes and sha256, a Hub data
-set is its repository at one commit, the installed documentation is the list of what is installed. Hints say where.
+set is its repository at one commit, the installed documentation is the source files that hold it. Hints say where.
 """
 
 from __future__ import annotations
@@ -263,8 +263,8 @@ def _write_installed_docs(identity: dict[str, Any], directory: Path, progress: P
     now = installed_docs.installation().sha256
     if now != identity["installation"]:
         raise UserError(
-            f"what is installed changed since the run was planned ({identity['installation'][:12]} then, {now[:12]} "
-            "now): run again, it is planned anew"
+            f"mlflow or prefect changed since the run was planned (sha256 {identity['installation'][:12]} then, "
+            f"{now[:12]} now): run the command again"
         )
     relative = numbered(0, "installed-docs.parquet")
     size = installed_docs.write(directory / relative, max_bytes=identity["max_bytes"])

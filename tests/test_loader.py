@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import distributed as dist
 
+from gpt2.distributed import SOLO, World
 from gpt2.errors import UserError
 from gpt2.loader import Loader, Prefetcher, TokenStream, aligned_starts, permute, places, write_aligned_starts
 from gpt2.shards import ShardWriter
@@ -102,7 +105,7 @@ def test_aligned_sequences_begin_at_documents(tmp_path: Path) -> None:
     stream = TokenStream(paths)
     whole = stream.read(0, 2000)
     T = 64
-    write_aligned_starts(paths, T, tmp_path / "starts.npy")
+    write_aligned_starts(paths, T, tmp_path / "starts.npy", SOLO)
     loader = Loader(paths, T, 4, seed, 50_257, starts=tmp_path / "starts.npy")
     starts = aligned_starts(stream, T)
     uses = np.zeros(2000, dtype=int)
@@ -113,6 +116,19 @@ def test_aligned_sequences_begin_at_documents(tmp_path: Path) -> None:
     assert uses.max() == 1
     unused = np.flatnonzero((uses == 0) & (whole == EOT))  # a document start may only be passed over at the very end
     assert (unused + T >= 2000).all()
+
+
+def test_finding_document_starts_has_no_time_limit(tmp_path: Path) -> None:
+    """Bug: the other processes wait in a collective, which times out after ten minutes, while rank 0 looks at 100
+    billion tokens. Here no process group exists, so that a collective raises."""
+    paths, starts = write_shards(tmp_path, [700, 900], 3), tmp_path / "starts.npy"
+    store = dist.HashStore()
+    ranks = [World(rank, rank, 2, torch.device("cpu"), store) for rank in range(2)]
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(write_aligned_starts, paths, 64, starts, ranks[1])
+        write_aligned_starts(paths, 64, starts, ranks[0])
+        other.result(timeout=60)
+    assert np.array_equal(np.load(starts), aligned_starts(TokenStream(paths), 64))
 
 
 def test_processes_and_micro_batches_do_not_change_a_step(tmp_path: Path) -> None:

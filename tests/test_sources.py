@@ -161,19 +161,26 @@ def test_hub_sources_are_identified_without_a_network(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_installed_docs_follow_the_installation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches: the corpus of one environment cached for another; a corpus other than the one planned."""
+def test_installed_docs_do_not_follow_other_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: a finished demo that is to do again after any pip install; a corpus other than the one planned."""
     identity, hints = identify(InstalledDocs(max_bytes=30_000), tmp_path)
-    assert identify(InstalledDocs(max_bytes=30_000), tmp_path)[0] == identity
-    assert hints["installation"].startswith("Python 3.")
+    site = tmp_path / "site-packages"
+
+    def install(name: str, version: str) -> None:
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\nText.\n")
+        (folder / "RECORD").write_text(f"{name}/__init__.py,sha256=AAAA,4\n")
+
+    monkeypatch.syspath_prepend(str(site))
+    install("something_new", "1.0")
     directory = tmp_path / "download" / "abc"
+    assert identify(InstalledDocs(max_bytes=30_000), tmp_path)[0] == identity
     assert fetch(identity, hints, directory) == ["data/00000-installed-docs.parquet"]
-    more = tmp_path / "site-packages" / "something_new-1.0.dist-info"
-    more.mkdir(parents=True)
-    (more / "METADATA").write_text("Metadata-Version: 2.1\nName: something-new\nVersion: 1.0\n\nText.\n")
-    monkeypatch.syspath_prepend(str(more.parent))
-    assert identify(InstalledDocs(max_bytes=30_000), tmp_path)[0] != identity
-    with pytest.raises(UserError, match="what is installed changed since the run was planned"):
+    install("prefect", "99.0")
+    changed, hints = identify(InstalledDocs(max_bytes=30_000), tmp_path)
+    assert changed != identity and hints["installation"].endswith("prefect 99.0")
+    with pytest.raises(UserError, match=identity["installation"][:12]):
         fetch(identity, hints, directory)
 
 
