@@ -20,9 +20,10 @@ from gpt2.errors import UserError
 
 M = TypeVar("M", bound=BaseModel)  # 3.11 has no def f[M]()
 
-REQUEST, RUNTIME, METRICS, PROVENANCE, MANIFEST = (
+REQUEST, RUNTIME, INPUTS, METRICS, PROVENANCE, MANIFEST = (
     "request.json",
     "runtime.json",
+    "inputs.json",
     "metrics.jsonl",
     "provenance.json",
     "manifest.json",
@@ -240,8 +241,19 @@ class Manifest(Section):
     """manifest.json: the typed index of a finished stage's directory, and the one sign that it is finished."""
 
     address: str
+    version: str | None = None
+    """release and commit that wrote it; None where it recorded none"""
+    inputs: dict[str, str] | None = None
+    """role -> digest of the input's manifest, when the work began; None where the version recorded none"""
     files: tuple[FileEntry, ...]
     facts: Facts
+
+    @property
+    def digest(self) -> str:
+        """Hash of the content: names, sizes and hashes of the files. A stage that is made again with the same bytes, or
+        copied, keeps it; the address is the same for whatever bytes."""
+        content = sorted([entry.path, entry.size, entry.sha256] for entry in self.files)
+        return hashlib.sha256(canonical(content).encode()).hexdigest()
 
     def problems(self, directory: Path, *, deep: bool = False) -> list[str]:
         """What no longer agrees with the files under `directory`: missing, of another size, or, where the time stamp

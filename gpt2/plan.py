@@ -32,6 +32,7 @@ from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
 from gpt2.sources import BENCHMARK_FORMATS, HARNESS_FORMATS, MODEL_FORMATS, identify, identify_weights
+from gpt2.stage import is_finished
 from gpt2.stages import STAGES
 
 
@@ -208,7 +209,7 @@ def _measured_baselines(config: RunConfig, evaluate: Request, store: Path) -> di
     for name, source in config.baselines.items():
         with suppress(UserError):  # a folder that is gone was measured by nobody, or its figures are another folder's
             address = _of(_pretrained(source, store), evaluate).address
-            if (store / address / MANIFEST).exists():
+            if is_finished(store / address):
                 found[f"baseline:{name}"] = address
     return found
 
@@ -281,7 +282,7 @@ def main() -> None:
         return
     for name, request in whole.requests().items():
         directory = prepare(request, runtime) if arguments.write else runtime.store / request.address
-        state = "finished" if (directory / MANIFEST).exists() else "to do"
+        state = "finished" if is_finished(directory) else "to do"
         print(f"{name:24} {state:9} {directory}")
 
 

@@ -72,7 +72,9 @@ class ManifestKeys(WritableFileSystem):
         directory = self.store / path
         manifest = read_model(directory / MANIFEST, Manifest)
         if path not in self._checked:  # Prefect reads a key twice, to see that it is there and for what it says
-            if problems := manifest.problems(directory, deep=self.deep):
+            stage = StageDir(directory)  # without request.json: the task writes it and finds the stage finished
+            problems = [*manifest.problems(directory, deep=self.deep), *filter(None, [stage.outdated()])]
+            if problems:
                 more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
                 get_logger("stages").warning("%s is made again: %s%s", path, problems[0], more)
                 raise ValueError(problems[0])

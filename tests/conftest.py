@@ -14,7 +14,7 @@ import flows.environment  # noqa: F401  before Prefect and MLflow, whose setting
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
-FAKE_PATH = f"{TESTS / 'fake_site'}:{TESTS}"
+FAKE_PATH = f"{TESTS / 'fake_site'}:{TESTS.parent}:{TESTS}"
 
 
 @pytest.fixture(scope="session")

@@ -93,6 +93,20 @@ def test_a_changed_byte_is_seen(pipeline: Path) -> None:
     assert path.read_text() == "val" * 10
 
 
+def test_an_input_with_other_bytes_under_its_address_is_a_miss(pipeline: Path) -> None:
+    """Bug: a stage that was made again, and gave something else, left all that follows at what it was before."""
+    from gpt2.stage import StageDir
+
+    directory = StageDir(pipeline / DOWNLOAD.address)
+    manifest = directory.manifest
+    assert manifest is not None
+    (directory.path / manifest.files[0].path).write_text("another text")
+    directory.finish([manifest.files[0].path], manifest.facts)
+    assert two_stages(pipeline) == {"download": "Cached", "tokenize": "Completed"}
+    assert sessions(pipeline) == 1, "the earlier work is set aside, with its record of sessions"
+    assert two_stages(pipeline) == {"download": "Cached", "tokenize": "Cached"}
+
+
 def test_verify_sees_what_the_time_stamp_hides(pipeline: Path) -> None:
     path = pipeline / TOKENIZE.address / "shards" / "val.bin"
     stat = path.stat()
