@@ -105,7 +105,7 @@ def plan(
     harness = None if config.harness is None or without_harness else harness_request(config.harness, train, store)
     report = _request(
         "report",
-        {"name": config.name, **config.report.model_dump(mode="json")},
+        {"name": config.name, **config.report.identity()},
         {
             "shards": tokenize.address,
             "model": train.address,
@@ -138,7 +138,7 @@ def harness_request(config: HarnessConfig, train: Request, store: Path) -> Reque
         raise UserError(
             "harness: lm-evaluation-harness is not installed: pip install 'reproduce-gpt2[harness]', or harness=null"
         ) from None
-    section, hints = config.model_dump(mode="json") | {"version": version}, {}
+    section, hints = config.identity() | {"version": version}, {}
     if config.data:
         places = {task: str(Path(path).expanduser().absolute()) for task, path in config.data.items()}
         paths = sorted(set(places.values()))
@@ -228,7 +228,8 @@ def _with_weights(train: TrainConfig, store: Path) -> TrainConfig:
 
 
 def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path) -> Request:
-    section = benchmark.model_dump(mode="json", exclude={"optional"})  # whether it may be missing changes no byte of it
+    section = benchmark.identity()
+    del section["optional"]  # whether it may be missing changes no byte of it
     if isinstance(benchmark, Continuation):
         return _request("benchmark", section, {"shards": tokenize.address})
     section["source"], hints = identify(benchmark.source, store, BENCHMARK_FORMATS)
@@ -241,7 +242,7 @@ def _request(
     inputs: dict[str, str] | None = None,
     hints: dict[str, Any] | None = None,
 ) -> Request:
-    config = section.model_dump(mode="json") if isinstance(section, Section) else section
+    config = section.identity() if isinstance(section, Section) else section
     return Request(stage=stage, version=STAGES[stage].version, config=config, inputs=inputs or {}, hints=hints or {})
 
 

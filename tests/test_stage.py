@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,16 @@ from gpt2 import version
 from gpt2.atomic import atomic_write, write_text
 from gpt2.config import Runtime
 from gpt2.errors import UserError
-from gpt2.manifest import BenchmarkFacts, Manifest, Request, file_entry, read_model, write_model
+from gpt2.manifest import (
+    BenchmarkFacts,
+    Damaged,
+    Manifest,
+    OtherVersion,
+    Request,
+    file_entry,
+    read_model,
+    write_model,
+)
 from gpt2.metrics import MetricsWriter, cut_after_step, read_metrics
 from gpt2.plan import prepare
 from gpt2.stage import Provenance, StageDir, is_finished, main
@@ -269,9 +279,32 @@ def test_a_flipped_byte_with_its_old_time_is_seen_when_asked_to_look_deep(tmp_pa
     assert len(manifest.problems(path, deep=True)) == 1
 
 
-def test_an_old_record_of_another_shape_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"address": 3}')
-    with pytest.raises(UserError, match=r"not a valid Manifest.*delete it and run again"):
+@pytest.mark.parametrize(
+    ("extra", "writer"),
+    [({"version": "0.9.0 (commit 0123456789ab)"}, r"0\.9\.0 \(commit 0123456789ab\)"), ({}, "abcdef")],
+)
+def test_a_manifest_of_another_version_is_an_error_that_names_both(
+    tmp_path: Path, extra: dict[str, str], writer: str
+) -> None:
+    """Bug: it was taken for a damaged one, deleted, and its stage done again, under a training that read it."""
+    path = made(tmp_path, "tokenize", "tokens")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["version"]
+    (path / "manifest.json").write_text(json.dumps({**manifest, **extra, "new_field": 1}))
+    provenance = read_model(path / "provenance.json", Provenance)
+    write_model(path / "provenance.json", provenance.model_copy(update={"commit": "abcdef"}))
+    with pytest.raises(OtherVersion, match=f"new_field.*{writer}.*{re.escape(version.code_version())}"):
+        is_finished(path)
+    with pytest.raises(SystemExit) as ended:
+        made(tmp_path, "tokenize", "never written")
+    assert ended.value.code == 2
+    assert json.loads((path / "manifest.json").read_text())["new_field"] == 1
+    assert (path / "result").read_text() == "tokens"
+
+
+def test_a_torn_record_is_not_taken_for_another_version(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"address": "tok')
+    with pytest.raises(Damaged, match="delete it and run again"):
         read_model(tmp_path / "manifest.json", Manifest)
 
 

@@ -16,7 +16,7 @@ from prefect import flow
 from prefect.artifacts import Artifact as PrefectArtifact
 
 from gpt2.config import Runtime
-from gpt2.manifest import MANIFEST, Manifest, Request, read_model
+from gpt2.manifest import MANIFEST, Manifest, OtherVersion, Request, read_model
 from gpt2.metrics import MetricsWriter, cut_after_step
 from tasks import stage as stages
 from tasks.launch import StageCrashed, StageFailed
@@ -119,6 +119,15 @@ def test_verify_sees_what_the_time_stamp_hides(pipeline: Path) -> None:
 def test_a_torn_manifest_is_no_manifest(pipeline: Path) -> None:
     (pipeline / TOKENIZE.address / MANIFEST).write_text('{"address": "tok')
     assert two_stages(pipeline)["tokenize"] == "Completed"
+
+
+def test_a_manifest_of_another_version_stops_the_run_and_stays(pipeline: Path) -> None:
+    path = pipeline / TOKENIZE.address / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "new_field": 1}))
+    with pytest.raises(OtherVersion, match="new_field"):
+        two_stages(pipeline)
+    assert json.loads(path.read_text())["new_field"] == 1
+    assert sessions(pipeline) == 1
 
 
 def test_damage_removes_the_link_not_what_it_points_to(tmp_path: Path) -> None:
