@@ -30,9 +30,10 @@ from flows.environment import settle_prefect
 from gpt2.config import RunConfig, Runtime, Section
 from gpt2.console import command
 from gpt2.errors import REFUSED, UserError, presentable, without_credentials
-from gpt2.manifest import MANIFEST, Manifest
+from gpt2.manifest import Manifest
 from gpt2.plan import BaselinePlan, Plan, plan
 from gpt2.recipe import load, load_runtime, parse_overrides
+from gpt2.stage import is_finished
 from tasks import registry
 from tasks.launch import StageCrashed, StageFailed
 from tasks.mirror import Mirror
@@ -71,7 +72,7 @@ def reproduce(
     name_flow_run(flow_run, f"{config.name} {steps.train.address}")
 
     mirror = Mirror(config, steps, how.store, links(flow_run))
-    busy = not all((how.store / request.address / MANIFEST).exists() for request in steps.requests().values())
+    busy = not all(is_finished(how.store / request.address) for request in steps.requests().values())
     with Tracking(mirror, busy=busy):
         corpus = download(steps.download, how)
         independent = [name for name, request in steps.benchmarks.items() if not request.inputs]

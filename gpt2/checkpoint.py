@@ -23,7 +23,7 @@ from torch import Tensor
 from gpt2.atomic import fsync_dir, write_text
 from gpt2.config import CheckpointConfig, ModelConfig, Section
 from gpt2.errors import UserError
-from gpt2.manifest import Session, read_model, sha256_file, write_model
+from gpt2.manifest import OtherVersion, Session, read_model, sha256_file, write_model
 from gpt2.model import GPT
 from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.weights import from_hf_layout, hf_config, hf_layout, load_hf, read_hf_config, to_hf
@@ -192,13 +192,15 @@ def latest(root: Path, config: ModelConfig, say: Callable[[str], None] = print) 
     """The newest checkpoint that can be read; damaged ones are named and passed over. None: there is none at all.
 
     Raises:
-        UserError: there are checkpoints, and not one of them can be read.
+        UserError: there are checkpoints, and not one of them can be read; or another version wrote the newest.
     """
     folders = checkpoints(root)
     problem = ""
     for folder in reversed(folders):
         try:
             return read_checkpoint(folder, config)
+        except OtherVersion:
+            raise  # not damaged: training from an older one would delete it
         except UserError as error:
             problem = str(error)
             say(f"warning: checkpoint {folder.name} cannot be used: {error}; looking for the one before")

@@ -161,7 +161,7 @@ def run(path: Path, world: World) -> None:
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(stage.lock())
-            finished = stage.manifest is not None
+            finished = not stage.begin()
             world.tell("locked", "finished" if finished else "go on")
         else:
             finished = world.wait_for("locked") == "finished"

@@ -17,12 +17,14 @@ from pydantic import BaseModel, Field, ValidationError
 from gpt2.atomic import write_text
 from gpt2.config import Section
 from gpt2.errors import UserError
+from gpt2.version import code_version
 
 M = TypeVar("M", bound=BaseModel)  # 3.11 has no def f[M]()
 
-REQUEST, RUNTIME, METRICS, PROVENANCE, MANIFEST = (
+REQUEST, RUNTIME, INPUTS, METRICS, PROVENANCE, MANIFEST = (
     "request.json",
     "runtime.json",
+    "inputs.json",
     "metrics.jsonl",
     "provenance.json",
     "manifest.json",
@@ -54,7 +56,7 @@ class Request(Section):
 
     @property
     def address(self) -> str:
-        identity = canonical(self.model_dump(mode="json", exclude={"hints"}))
+        identity = canonical(self.model_dump(mode="json", include={"stage", "version", "config", "inputs"}))
         return f"{self.stage}/{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
@@ -273,8 +275,19 @@ class Manifest(Section):
     """manifest.json: the typed index of a finished stage's directory, and the one sign that it is finished."""
 
     address: str
+    version: str | None = None
+    """release and commit that wrote it; None where it recorded none"""
+    inputs: dict[str, str] | None = None
+    """role -> digest of the input's manifest, when the work began; None where the version recorded none"""
     files: tuple[FileEntry, ...]
     facts: Facts
+
+    @property
+    def digest(self) -> str:
+        """Hash of the content: names, sizes and hashes of the files. A stage that is made again with the same bytes, or
+        copied, keeps it; the address is the same for whatever bytes."""
+        content = sorted([entry.path, entry.size, entry.sha256] for entry in self.files)
+        return hashlib.sha256(canonical(content).encode()).hexdigest()
 
     def problems(self, directory: Path, *, deep: bool = False) -> list[str]:
         """What no longer agrees with the files under `directory`: missing, of another size, or, where the time stamp
@@ -301,19 +314,45 @@ def file_entry(directory: Path, relative: str, sha256: str | None = None) -> Fil
     return FileEntry(path=relative, size=stat.st_size, sha256=sha256 or sha256_file(path), mtime_ns=stat.st_mtime_ns)
 
 
+class Damaged(UserError):
+    """A record that is not JSON: torn or overwritten."""
+
+
+class OtherVersion(UserError):
+    """A record that another version of this project wrote: it says nothing against the work it describes."""
+
+
 def read_model(path: Path, model: type[M]) -> M:
     """Read one of our JSON records.
 
     Raises:
         FileNotFoundError: there is none.
-        UserError: it is not what this version writes.
+        Damaged: it is not JSON.
+        OtherVersion: it is JSON, and not what this version writes.
     """
+    content = path.read_bytes()
     try:
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate_json(content)
     except ValidationError as error:
-        raise UserError(
-            f"{path} is not a valid {model.__name__}: {error.errors()[0]['msg']}; delete it and run again"
+        first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            raise Damaged(f"{path} is damaged ({first['msg']}): delete it and run again") from error
+        field = ".".join(str(part) for part in first["loc"]) or model.__name__
+        raise OtherVersion(
+            f"{path}: {field}: {first['msg']}; version {_writer(path, content)} wrote it, this is {code_version()}: "
+            f"use that version, or another store (runtime.store), or delete the file to do this stage again"
         ) from error
+
+
+def _writer(path: Path, content: bytes) -> str:
+    """The version that wrote a record: as it says, else the commit in the provenance.json beside it."""
+    found = json.loads(content)
+    if isinstance(found, dict) and isinstance(found.get("version"), str):
+        return str(found["version"])[:60]
+    try:
+        return f"of commit {json.loads((path.parent / PROVENANCE).read_bytes())['commit'][:13]}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "unknown"
 
 
 def write_model(path: Path, model: BaseModel) -> None:

@@ -31,7 +31,7 @@ from gpt2.manifest import (
     read_model,
 )
 from gpt2.metrics import read_metrics
-from gpt2.stage import Provenance
+from gpt2.stage import Provenance, is_finished
 
 SIZES = {124_439_808: "124m", 354_823_168: "350m", 774_030_080: "774m", 1_557_611_200: "1558m"}
 
@@ -291,7 +291,7 @@ def _stages(store: Path, stage: str) -> Iterator[tuple[Path, Request]]:
     """The finished stages of one kind in the store."""
     for path in sorted(store.glob(f"{stage}/*/{MANIFEST}")):
         request = _request(path.parent)
-        if request is not None:
+        if request is not None and is_finished(path.parent):
             yield path.parent, request
 
 

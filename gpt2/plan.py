@@ -32,6 +32,7 @@ from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
 from gpt2.sources import BENCHMARK_FORMATS, HARNESS_FORMATS, MODEL_FORMATS, identify, identify_weights
+from gpt2.stage import is_finished
 from gpt2.stages import STAGES
 
 
@@ -104,7 +105,7 @@ def plan(
     harness = None if config.harness is None or without_harness else harness_request(config.harness, train, store)
     report = _request(
         "report",
-        {"name": config.name, **config.report.model_dump(mode="json")},
+        {"name": config.name, **config.report.identity()},
         {
             "shards": tokenize.address,
             "model": train.address,
@@ -137,7 +138,7 @@ def harness_request(config: HarnessConfig, train: Request, store: Path) -> Reque
         raise UserError(
             "harness: lm-evaluation-harness is not installed: pip install 'reproduce-gpt2[harness]', or harness=null"
         ) from None
-    section, hints = config.model_dump(mode="json") | {"version": version}, {}
+    section, hints = config.identity() | {"version": version}, {}
     if config.data:
         places = {task: str(Path(path).expanduser().absolute()) for task, path in config.data.items()}
         paths = sorted(set(places.values()))
@@ -208,7 +209,7 @@ def _measured_baselines(config: RunConfig, evaluate: Request, store: Path) -> di
     for name, source in config.baselines.items():
         with suppress(UserError):  # a folder that is gone was measured by nobody, or its figures are another folder's
             address = _of(_pretrained(source, store), evaluate).address
-            if (store / address / MANIFEST).exists():
+            if is_finished(store / address):
                 found[f"baseline:{name}"] = address
     return found
 
@@ -227,7 +228,8 @@ def _with_weights(train: TrainConfig, store: Path) -> TrainConfig:
 
 
 def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path) -> Request:
-    section = benchmark.model_dump(mode="json", exclude={"optional"})  # whether it may be missing changes no byte of it
+    section = benchmark.identity()
+    del section["optional"]  # whether it may be missing changes no byte of it
     if isinstance(benchmark, Continuation):
         return _request("benchmark", section, {"shards": tokenize.address})
     section["source"], hints = identify(benchmark.source, store, BENCHMARK_FORMATS)
@@ -240,7 +242,7 @@ def _request(
     inputs: dict[str, str] | None = None,
     hints: dict[str, Any] | None = None,
 ) -> Request:
-    config = section.model_dump(mode="json") if isinstance(section, Section) else section
+    config = section.identity() if isinstance(section, Section) else section
     return Request(stage=stage, version=STAGES[stage].version, config=config, inputs=inputs or {}, hints=hints or {})
 
 
@@ -281,7 +283,7 @@ def main() -> None:
         return
     for name, request in whole.requests().items():
         directory = prepare(request, runtime) if arguments.write else runtime.store / request.address
-        state = "finished" if (directory / MANIFEST).exists() else "to do"
+        state = "finished" if is_finished(directory) else "to do"
         print(f"{name:24} {state:9} {directory}")
 
 

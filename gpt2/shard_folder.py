@@ -12,7 +12,7 @@ import fsspec  # type: ignore[import-untyped]
 
 from gpt2.config import Section
 from gpt2.errors import UserError
-from gpt2.manifest import M, Skipped, TokenizeFacts, canonical, read_model, write_model
+from gpt2.manifest import Damaged, M, Skipped, TokenizeFacts, canonical, read_model, write_model
 from gpt2.shards import HEADER_BYTES, TOKEN, read_header
 
 FOLDER = "shards"
@@ -101,7 +101,7 @@ class Folder:
     def read_progress(self) -> Progress | None:
         try:
             return read_model(self.path / PROGRESS, Progress)
-        except (FileNotFoundError, UserError):
+        except (FileNotFoundError, Damaged):
             return None
 
     def write_progress(self, progress: Progress) -> None:

@@ -53,15 +53,15 @@ def identify(
         paths = find_local(source.paths, SHARD_FORMATS if isinstance(source, LocalShards) else text_formats)
         hashes = Hashes(store).of(paths)
         files = [[path.name, path.stat().st_size, sha256] for path, sha256 in zip(paths, hashes, strict=True)]
-        identity = {**source.model_dump(mode="json", exclude={"paths"}), "files": files}
-        return identity, {**hints, "paths": [str(path) for path in paths]}
+        identity = {name: value for name, value in source.identity().items() if name != "paths"}
+        return {**identity, "files": files}, {**hints, "paths": [str(path) for path in paths]}
     if isinstance(source, InstalledDocs):
         installation = installed_docs.installation()
-        return {**source.model_dump(mode="json"), "installation": installation.sha256}, {
+        return {**source.identity(), "installation": installation.sha256}, {
             **hints,
             "installation": installation.describe(),
         }
-    return source.model_dump(mode="json"), hints
+    return source.identity(), hints
 
 
 def fetch(

@@ -9,10 +9,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import importlib.metadata
-import os
 import platform
 import socket
-import subprocess
 import sys
 import time
 import traceback
@@ -26,6 +24,7 @@ from gpt2.config import Runtime, Section
 from gpt2.console import fail
 from gpt2.errors import UserError, describe, without_credentials
 from gpt2.manifest import (
+    INPUTS,
     MANIFEST,
     METRICS,
     PROVENANCE,
@@ -39,11 +38,14 @@ from gpt2.manifest import (
     write_model,
 )
 from gpt2.metrics import MetricsWriter
+from gpt2.stages import STAGES
+from gpt2.version import code_version, git_commit
 
 C = TypeVar("C", bound=Section)
 PACKAGES = ("torch", "tiktoken", "numpy", "pyarrow", "safetensors", "prefect", "mlflow", "pydantic")
-COMMIT = "GPT2_COMMIT"
-"""environment variable, set where the code runs without its history"""
+LOCK = ".lock"
+SUPERSEDED = "superseded"
+"""folder of a stage's directory, for earlier work that was made from other contents of its inputs"""
 
 
 class Provenance(Section):
@@ -61,6 +63,13 @@ class Provenance(Section):
     command: tuple[str, ...]
 
 
+class MadeFrom(Section):
+    """inputs.json: which contents of its inputs the work in a stage's directory is made from."""
+
+    digests: dict[str, str]
+    """role -> digest of the input's manifest"""
+
+
 class StageDir:
     """A stage's directory: what it was asked, its inputs' directories, and where it writes."""
 
@@ -71,6 +80,7 @@ class StageDir:
                 f"{self.path} holds no {REQUEST}: run the flow, or write one with `python -m gpt2.plan RECIPE --write`"
             )
         self.started = time.time()
+        self._digests: dict[str, str] | None = None
 
     @cached_property
     def request(self) -> Request:
@@ -90,12 +100,83 @@ class StageDir:
         """The directory of a finished input stage.
 
         Raises:
-            UserError: it is not finished.
+            UserError: it is not finished, or its own inputs changed since.
         """
-        directory = StageDir(self.path.parent.parent / self.request.inputs[role])
+        directory = StageDir(self._input_path(role))
         if directory.manifest is None:
             raise UserError(f"{directory.path} is not finished (no {MANIFEST}): run the whole flow again")
+        if why := directory.outdated():
+            raise UserError(f"{directory.path} is out of date ({why}): run the whole flow again")
         return directory
+
+    def _input_path(self, role: str) -> Path:
+        return self.path.parent.parent / self.request.inputs[role]
+
+    def _input_digests(self) -> dict[str, str]:
+        """Role -> digest of what the input holds now, for the inputs that are finished."""
+        manifests = {role: self._input_path(role) / MANIFEST for role in self.request.inputs}
+        return {role: read_model(path, Manifest).digest for role, path in manifests.items() if path.exists()}
+
+    def outdated(self) -> str | None:
+        """Why the finished stage has to run again: an input was made again and holds something else. None: it need not,
+        or is not finished. An input that was deleted says nothing.
+
+        A manifest of a version that recorded no digests counts as made from the present inputs, unless a stage whose
+        bytes are not decided by its address (a training, an evaluation) ended after this one.
+        """
+        manifest = self.manifest
+        if manifest is None:
+            return None
+        for role, now in self._input_digests().items():
+            address = self.request.inputs[role]
+            if manifest.inputs is None:
+                stage = STAGES.get(address.partition("/")[0])
+                varies = stage is not None and not stage.reproducible
+                if varies and self._ended_before(self._input_path(role)):
+                    return f"its input {role}, {address}, was made again after it"
+            elif manifest.inputs.get(role) != now:
+                then = manifest.inputs.get(role, "unknown")
+                return f"its input {role}, {address}, had the digest {then[:12]}, now {now[:12]}"
+        return None
+
+    def _ended_before(self, other: Path) -> bool:
+        paths = self.path / PROVENANCE, other / PROVENANCE
+        if not all(path.exists() for path in paths):
+            return False
+        ours, theirs = (read_model(path, Provenance).ended for path in paths)
+        return ours < theirs
+
+    def begin(self) -> bool:
+        """Whether there is work to do; called under the lock, before any work. What was made from other contents of the
+        inputs, finished or not, is moved into `SUPERSEDED`: resuming it would mix the two.
+
+        Raises:
+            UserError: an input is not finished.
+        """
+        why = self.outdated()
+        if self.manifest is not None and why is None:
+            return False
+        self._digests = {role: read_model(self.input(role).path / MANIFEST, Manifest).digest
+                         for role in self.request.inputs}  # fmt: skip
+        record = self.path / INPUTS
+        before = read_model(record, MadeFrom).digests if record.exists() else None
+        if why or before not in (None, self._digests):
+            self._set_aside(why or f"inputs had the digests {before}, now {self._digests}")
+        write_model(record, MadeFrom(digests=self._digests))
+        return True
+
+    def _set_aside(self, why: str) -> None:
+        """Move all work away. Killed on the way, the next `begin` moves the rest."""
+        if not (self.path / INPUTS).exists():
+            write_model(self.path / INPUTS, MadeFrom(digests={"before": "unknown"}))
+        earlier = self.path / SUPERSEDED
+        target = earlier / f"{len(list(earlier.glob('*'))) + 1:03d}"
+        target.mkdir(parents=True)
+        stay = {REQUEST, RUNTIME, INPUTS, LOCK, SUPERSEDED}
+        names = sorted(path.name for path in self.path.iterdir() if path.name not in stay)
+        for name in sorted(names, key=lambda name: name != MANIFEST):  # first: what says that this is finished
+            (self.path / name).rename(target / name)
+        print(f"{why}: earlier work is kept in {target}; delete it if it is not needed", flush=True)
 
     @property
     def manifest(self) -> Manifest | None:
@@ -116,7 +197,7 @@ class StageDir:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the directory: one process works, a second waits. The kernel lets go when the holder dies, however."""
-        with open(self.path / ".lock", "w") as file:
+        with open(self.path / LOCK, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -134,11 +215,20 @@ class StageDir:
         write_model(self.path / PROVENANCE, provenance(self.started))
         manifest = Manifest(
             address=self.request.address,
+            inputs=self._input_digests() if self._digests is None else self._digests,
+            version=code_version(),
             files=tuple(file_entry(self.path, name, known.get(name)) for name in files),
             facts=facts,
         )
         write_model(self.path / MANIFEST, manifest)
         return manifest
+
+
+def is_finished(path: Path) -> bool:
+    """Whether the stage in `path` is finished, and from what its inputs hold now."""
+    if not (path / MANIFEST).exists():
+        return False
+    return not (path / REQUEST).exists() or StageDir(path).outdated() is None
 
 
 def provenance(started: float) -> Provenance:
@@ -164,20 +254,6 @@ def provenance(started: float) -> Provenance:
     )
 
 
-def git_commit() -> str | None:
-    """Commit of the checkout this package runs from, with "+" when files differ from it. Outside a checkout, as in an
-    image, what `COMMIT` says; None where nothing does."""
-    here = Path(__file__).parent
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT) or None
-    return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
-
-
 def main(work: Callable[[StageDir], object], argv: list[str] | None = None) -> None:
     """Entry point of a single-process stage: `python -m gpt2.<stage> DIRECTORY`.
 
@@ -190,7 +266,7 @@ def main(work: Callable[[StageDir], object], argv: list[str] | None = None) -> N
     try:
         directory = StageDir(Path(arguments[0]))
         with directory.lock():
-            if directory.manifest is None:
+            if directory.begin():
                 work(directory)
     except UserError as error:
         fail(str(error), 2)

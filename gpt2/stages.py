@@ -14,6 +14,8 @@ class Stage(Section):
     """started as `python -m <module> <directory>`"""
     parallel: bool
     """whether it is started through torchrun, one process a GPU"""
+    reproducible: bool = True
+    """whether its address decides its bytes, on any machine; a training's weights also depend on GPUs and precision"""
 
     checks_itself: bool = False
     """whether it verifies its files before it goes on from them, so that a damaged one need not be removed first"""
@@ -28,10 +30,10 @@ STAGES = {
         Stage(name="download", version=1, module="gpt2.download", parallel=False),
         Stage(name="tokenize", version=1, module="gpt2.tokenize", parallel=False),
         Stage(name="benchmark", version=1, module="gpt2.benchmark", parallel=False),
-        Stage(name="train", version=1, module="gpt2.train", parallel=True, checks_itself=True),
-        Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True),
+        Stage(name="train", version=1, module="gpt2.train", parallel=True, reproducible=False, checks_itself=True),
+        Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True, reproducible=False),
         Stage(name="pretrained", version=1, module="gpt2.baseline", parallel=False),
-        Stage(name="harness", version=1, module="gpt2.harness_stage", parallel=False),
-        Stage(name="report", version=2, module="gpt2.report", parallel=False),
+        Stage(name="harness", version=1, module="gpt2.harness_stage", parallel=False, reproducible=False),
+        Stage(name="report", version=2, module="gpt2.report", parallel=False, reproducible=False),
     )
 }

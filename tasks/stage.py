@@ -26,9 +26,8 @@ from pydantic import PrivateAttr
 
 from gpt2.atomic import atomic_write
 from gpt2.config import Runtime
-from gpt2.errors import UserError
 from gpt2.machine import gpu_names
-from gpt2.manifest import MANIFEST, METRICS, Manifest, Request, read_model
+from gpt2.manifest import MANIFEST, METRICS, Damaged, Manifest, Request, read_model
 from gpt2.plan import prepare
 from gpt2.stage import StageDir
 from gpt2.stages import STAGES
@@ -73,7 +72,9 @@ class ManifestKeys(WritableFileSystem):
         directory = self.store / path
         manifest = read_model(directory / MANIFEST, Manifest)
         if path not in self._checked:  # Prefect reads a key twice, to see that it is there and for what it says
-            if problems := manifest.problems(directory, deep=self.deep):
+            stage = StageDir(directory)  # without request.json: the task writes it and finds the stage finished
+            problems = [*manifest.problems(directory, deep=self.deep), *filter(None, [stage.outdated()])]
+            if problems:
                 more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
                 get_logger("stages").warning("%s is made again: %s%s", path, problems[0], more)
                 raise ValueError(problems[0])
@@ -158,13 +159,17 @@ def _displays(request: Request, logger: Any) -> list[Display]:
 def discard_damaged(directory: Path, *, deep: bool = False) -> None:
     """Remove a finished stage's manifest if it does not agree with the files, and the files that are not what it
     says; what is left is resumed like any unfinished work. Training keeps its files: it verifies checkpoints itself,
-    and its records cannot be made again."""
+    and its records cannot be made again.
+
+    Raises:
+        OtherVersion: another version wrote the manifest, which stays, as does all that it lists.
+    """
     if not (directory / MANIFEST).exists():
         return
     with StageDir(directory).lock():
         try:
             manifest = read_model(directory / MANIFEST, Manifest)
-        except UserError:
+        except Damaged:
             (directory / MANIFEST).unlink(missing_ok=True)
             return
         damaged = [

@@ -1,16 +1,21 @@
 """Addresses: what changes them and, as important, what does not."""
 
+import hashlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import pytest
+from pydantic import Field
 
+from gpt2.config import RunConfig
 from gpt2.errors import UserError
-from gpt2.manifest import Request
+from gpt2.manifest import Request, canonical
 from gpt2.plan import Plan, checkpoint, plan, prepare
 from gpt2.recipe import load, load_runtime
+from gpt2.source_config import ADDED, Section
 
 
 def planned(tmp_path: Path, recipe: str = "124m", **overrides: object) -> Plan:
@@ -61,6 +66,110 @@ def test_hints_are_not_part_of_the_address() -> None:
     there = Request(stage="download", version=1, config={"a": 1}, hints={"paths": ["/there"]})
     assert here.address == there.address
     assert here.address != Request(stage="download", version=2, config={"a": 1}).address
+
+
+class Inner(Section):
+    old: int = 1
+    new: Annotated[int | None, ADDED] = None
+
+
+class Outer(Section):
+    inner: Inner = Inner()
+    several: tuple[Inner, ...] = ()
+    named: dict[str, Inner] = {}
+    added: Annotated[Inner, ADDED] = Inner()
+    later: Annotated[dict[str, Inner], Field(description="x"), ADDED] = {}
+
+
+def test_a_field_added_with_a_default_changes_no_address() -> None:
+    """Bug: every new option, used or not, trained and tokenized all existing runs again."""
+    one = Inner()
+    assert Outer(several=(one,), named={"a": one}).identity() == {
+        "inner": {"old": 1}, "several": [{"old": 1}], "named": {"a": {"old": 1}}
+    }  # fmt: skip
+    two = Inner(new=2)
+    assert Outer(inner=two, several=(one, two), named={"a": two}, added=two, later={"b": two}).identity() == {
+        "inner": {"old": 1, "new": 2},
+        "several": [{"old": 1}, {"old": 1, "new": 2}],
+        "named": {"a": {"old": 1, "new": 2}},
+        "added": {"old": 1, "new": 2},
+        "later": {"b": {"old": 1, "new": 2}},
+    }
+    left_out = Outer(several=(one,)).identity()
+    assert Outer.model_validate(left_out) == Outer(several=(one,)), "a request is read back as it was planned"
+
+
+ADDED_DEFAULTS: dict[str, object] = {}
+"""Section.field -> default, of every ADDED field: one line for each new one, never changed afterwards."""
+
+REQUESTS = {
+    "download": "0e3870fe8054f907",
+    "tokenize": "4394a95d096f4870",
+    "benchmark-hellaswag": "b9df616e302c6a06",
+    "benchmark-held_out": "542baf8a19921935",
+    "train": "67eadc27add27d6f",
+    "evaluate": "4184942c2664c5c5",
+    "report": "720d6a3e4439c334",
+}
+"""Stage -> hash of its section in `test_existing_addresses_stay`."""
+
+
+def sections(annotation: Any) -> set[type[Section]]:
+    """All sections that a value of this type may hold, at any depth."""
+    found: set[type[Section]] = set()
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        found |= {annotation}
+        for field in annotation.model_fields.values():
+            found |= sections(field.annotation)
+    for argument in get_args(annotation):
+        found |= sections(argument)
+    return found
+
+
+def added_defaults(root: type[Section]) -> dict[str, object]:
+    return {
+        f"{section.__name__}.{name}": field.get_default(call_default_factory=True)
+        for section in sections(root)
+        for name, field in section.model_fields.items()
+        if ADDED in field.metadata
+    }
+
+
+def test_the_default_of_an_added_field_never_changes() -> None:
+    """It is not hashed: with another default, existing addresses would mean something that was never run."""
+    assert added_defaults(Outer) == {"Inner.new": None, "Outer.added": Inner(), "Outer.later": {}}
+    assert added_defaults(RunConfig) == ADDED_DEFAULTS
+    assert len(sections(RunConfig)) > 20
+
+
+def test_existing_addresses_stay(tmp_path: Path) -> None:
+    """A changed hash here means that every store misses: mark a new field `ADDED`, and give an old one that changes
+    its default another address on purpose, by changing the hash here."""
+    hub = {"kind": "hub", "repo": "a/b", "revision": "0" * 40, "files": ["*.parquet"]}
+    config = RunConfig.model_validate(
+        {
+            "name": "pinned",
+            "download": {"source": hub},
+            "benchmarks": {"hellaswag": {"kind": "hellaswag", "source": hub}, "held_out": {"kind": "continuation"}},
+            "train": {
+                "model": {"n_layer": 2, "n_head": 2, "n_embd": 16},
+                "optim": {"max_lr": 1e-3},
+                "max_steps": 1000,
+                "benchmark": "hellaswag",
+            },
+            "evaluate": {"benchmarks": ["hellaswag", "held_out"]},
+            "report": {"title": "t", "published": [{"name": "n", "source": "s", "val_loss": 3.0}]},
+        }
+    )
+    requests = plan(config, tmp_path).requests()
+    hashes = {
+        name: hashlib.sha256(canonical(request.config).encode()).hexdigest()[:16] for name, request in requests.items()
+    }
+    assert hashes == REQUESTS
+    assert (
+        Request(stage="train", version=1, config={"a": [1, 2.5, None]}, inputs={"b": "c/d"}).address
+        == "train/ce2abdcf135a5961"
+    )
 
 
 def test_an_address_is_the_same_in_every_process(tmp_path: Path) -> None:

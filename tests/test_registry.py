@@ -21,12 +21,12 @@ from trained_store import store_with_a_training
 
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
-from gpt2.manifest import Request, read_model
+from gpt2.manifest import Request, TrainFacts, read_model
 from gpt2.model import GPT
 from gpt2.sample import stream
 from gpt2.stage import StageDir
 from tasks.mlflow_runs import client, ensure_experiment
-from tasks.registry import ADDRESS, REQUIREMENTS, Trained, _crown, register
+from tasks.registry import ADDRESS, REQUIREMENTS, Trained, _crown, _find, register
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +96,27 @@ def test_registered_whole_and_once(registered: Registered) -> None:
     mlflow.delete_registered_model("gpt2-toy")
     assert register(registered.run_id, "toy", registered.train, None, registered.uri) == "1"
     assert len(mlflow.search_logged_models([run.info.experiment_id])) == 1
+
+
+@pytest.mark.slow
+def test_weights_trained_again_are_another_version(model: GPT, tmp_path: Path) -> None:
+    """Bug: the registry knew a training by its address alone, and kept the weights that it had."""
+    train = store_with_a_training(tmp_path, model)
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    mlflow = client(uri)
+    run_id = mlflow.create_run(ensure_experiment(mlflow, tmp_path, uri)).info.run_id
+    trained = Trained(StageDir(train), None, "toy")
+    mlflow.create_registered_model("gpt2-toy")
+    mlflow.create_model_version("gpt2-toy", f"file://{tmp_path}/model", tags={ADDRESS: trained.address})
+    assert _find(mlflow, trained) is not None, "of a version that tagged no digest, and made after the training"
+    directory = StageDir(train)
+    directory.finish(["checkpoints/step_00000020/model.safetensors"], directory.facts(TrainFacts))
+    again = Trained(StageDir(train), None, "toy")
+    assert again.address == trained.address
+    assert _find(mlflow, again) is None, "the training ended after that version was made"
+    assert register(run_id, "toy", train, None, uri) == "2"
+    assert register(run_id, "toy", train, None, uri) == "2"
+    assert len(mlflow.search_logged_models([mlflow.get_run(run_id).info.experiment_id])) == 1
 
 
 @pytest.mark.slow

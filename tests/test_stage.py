@@ -3,6 +3,8 @@
 import errno
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,14 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from gpt2 import stage as stage_module
+from gpt2 import version
 from gpt2.atomic import atomic_write, write_text
 from gpt2.config import Runtime
 from gpt2.errors import UserError
-from gpt2.manifest import BenchmarkFacts, Manifest, Request, file_entry, read_model
+from gpt2.manifest import (
+    BenchmarkFacts,
+    Damaged,
+    Manifest,
+    OtherVersion,
+    Request,
+    file_entry,
+    read_model,
+    write_model,
+)
 from gpt2.metrics import MetricsWriter, cut_after_step, read_metrics
 from gpt2.plan import prepare
-from gpt2.stage import StageDir
+from gpt2.stage import Provenance, StageDir, is_finished, main
 
 FACTS = BenchmarkFacts(kind="x", examples=1, chance=0.25, origin="test")
 
@@ -126,6 +137,120 @@ def test_input_must_be_finished(tmp_path: Path) -> None:
     assert stage.input("shards").facts(BenchmarkFacts) == FACTS
 
 
+def made(store: Path, stage: str, content: str, *, ended: float | None = None, **inputs: Path) -> Path:
+    """A finished stage with one file, made in this process; a finished one that is current is left as it is."""
+    addresses = {role: f"{path.parent.name}/{path.name}" for role, path in inputs.items()}
+    path = prepare(Request(stage=stage, version=1, config={}, inputs=addresses), Runtime(store=store))
+
+    def work(directory: StageDir) -> None:
+        write_text(path / "partial", content)
+        write_text(path / "result", content)
+        directory.finish(["result"], FACTS)
+
+    main(work, [str(path)])
+    if ended is not None:
+        provenance = read_model(path / "provenance.json", Provenance)
+        write_model(path / "provenance.json", provenance.model_copy(update={"ended": ended}))
+    return path
+
+
+def test_weights_trained_again_under_their_address_are_measured_and_reported_again(tmp_path: Path) -> None:
+    """Bug: an evaluation knew its training by the address alone, which other weights have too."""
+    train = made(tmp_path, "train", "weights")
+    evaluate = made(tmp_path, "evaluate", "3.30", model=train)
+    report = made(tmp_path, "report", "loss 3.30", model=train, scores=evaluate)
+    shutil.rmtree(train)
+    assert is_finished(evaluate), "a deleted input says nothing: space may have been short"
+    made(tmp_path, "train", "other weights")
+    assert not is_finished(evaluate) and not is_finished(report)
+    with pytest.raises(UserError, match="out of date"):
+        StageDir(report).input("scores")
+    made(tmp_path, "evaluate", "3.10", model=train)
+    assert (evaluate / "result").read_text() == "3.10"
+    assert (evaluate / "superseded" / "001" / "partial").read_text() == "3.30"
+    assert not is_finished(report)
+    made(tmp_path, "report", "loss 3.10", model=train, scores=evaluate)
+    assert (report / "result").read_text() == "loss 3.10"
+    assert is_finished(evaluate) and is_finished(report)
+
+
+def test_an_input_made_again_with_the_same_bytes_costs_nothing(tmp_path: Path) -> None:
+    """Shards deleted for space and tokenized again, or a store copied without its times, must not train again."""
+    shards = made(tmp_path, "tokenize", "tokens")
+    train = made(tmp_path, "train", "weights", shards=shards)
+    before = (train / "manifest.json").read_bytes()
+    shutil.rmtree(shards)
+    made(tmp_path, "tokenize", "tokens")
+    os.utime(shards / "result", ns=(0, 0))
+    assert is_finished(train)
+    made(tmp_path, "train", "never written", shards=shards)
+    assert (train / "manifest.json").read_bytes() == before
+
+
+def test_unfinished_work_from_other_inputs_is_not_resumed(tmp_path: Path) -> None:
+    """Bug: an evaluation that was interrupted gave the figures of the earlier weights for the new ones."""
+    train = made(tmp_path, "train", "weights")
+    evaluate = made(tmp_path, "evaluate", "3.30", model=train)
+    (evaluate / "manifest.json").unlink()
+    assert StageDir(evaluate).begin() and (evaluate / "partial").exists(), "of the same weights: it goes on"
+    shutil.rmtree(train)
+    made(tmp_path, "train", "other weights")
+    assert StageDir(evaluate).begin() and not (evaluate / "partial").exists()
+    kept = {path.name for path in (evaluate / "superseded" / "001").iterdir()}
+    assert kept == {"partial", "result", "provenance.json"}
+    assert StageDir(evaluate).begin()
+    assert not (evaluate / "superseded" / "002").exists()
+
+
+def test_work_set_aside_half_way_before_a_kill_is_set_aside_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = made(tmp_path, "train", "weights")
+    evaluate = made(tmp_path, "evaluate", "3.30", model=train)
+    shutil.rmtree(train)
+    made(tmp_path, "train", "other weights")
+    moved: list[str] = []
+
+    def rename(path: Path, target: Path) -> None:
+        if moved:
+            raise KeyboardInterrupt
+        moved.append(path.name)
+        os.rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "rename", rename)
+        StageDir(evaluate).begin()
+    assert moved == ["manifest.json"], "else what is left would count as finished"
+    assert StageDir(evaluate).begin()
+    assert {path.name for path in evaluate.iterdir()} == {
+        "request.json", "runtime.json", "inputs.json", ".lock", "superseded"
+    }  # fmt: skip
+
+
+def without_digests(path: Path) -> None:
+    """As a version wrote it that recorded none."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["inputs"], manifest["version"]
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "inputs.json").unlink()
+
+
+def test_a_manifest_without_digests_keeps_its_work_unless_its_model_is_younger(tmp_path: Path) -> None:
+    """Trained weights and shards must survive the upgrade; an evaluation of earlier weights must not."""
+    shards = made(tmp_path, "tokenize", "tokens", ended=5.0)  # again, after the training
+    train = made(tmp_path, "train", "weights", ended=3.0, shards=shards)
+    evaluate = made(tmp_path, "evaluate", "3.30", ended=4.0, model=train, shards=shards)
+    for path in (shards, train, evaluate):
+        without_digests(path)
+    assert is_finished(train) and is_finished(evaluate)
+    provenance = read_model(train / "provenance.json", Provenance)
+    write_model(train / "provenance.json", provenance.model_copy(update={"ended": 6.0}))
+    assert is_finished(train)
+    assert not is_finished(evaluate)
+    made(tmp_path, "evaluate", "3.10", model=train, shards=shards)
+    assert (evaluate / "result").read_text() == "3.10" and is_finished(evaluate)
+
+
 def test_problems_name_what_changed(tmp_path: Path) -> None:
     path = directory(tmp_path)
     for name in ("a", "b", "c", "d"):
@@ -154,9 +279,32 @@ def test_a_flipped_byte_with_its_old_time_is_seen_when_asked_to_look_deep(tmp_pa
     assert len(manifest.problems(path, deep=True)) == 1
 
 
-def test_an_old_record_of_another_shape_says_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text('{"address": 3}')
-    with pytest.raises(UserError, match=r"not a valid Manifest.*delete it and run again"):
+@pytest.mark.parametrize(
+    ("extra", "writer"),
+    [({"version": "0.9.0 (commit 0123456789ab)"}, r"0\.9\.0 \(commit 0123456789ab\)"), ({}, "abcdef")],
+)
+def test_a_manifest_of_another_version_is_an_error_that_names_both(
+    tmp_path: Path, extra: dict[str, str], writer: str
+) -> None:
+    """Bug: it was taken for a damaged one, deleted, and its stage done again, under a training that read it."""
+    path = made(tmp_path, "tokenize", "tokens")
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["version"]
+    (path / "manifest.json").write_text(json.dumps({**manifest, **extra, "new_field": 1}))
+    provenance = read_model(path / "provenance.json", Provenance)
+    write_model(path / "provenance.json", provenance.model_copy(update={"commit": "abcdef"}))
+    with pytest.raises(OtherVersion, match=f"new_field.*{writer}.*{re.escape(version.code_version())}"):
+        is_finished(path)
+    with pytest.raises(SystemExit) as ended:
+        made(tmp_path, "tokenize", "never written")
+    assert ended.value.code == 2
+    assert json.loads((path / "manifest.json").read_text())["new_field"] == 1
+    assert (path / "result").read_text() == "tokens"
+
+
+def test_a_torn_record_is_not_taken_for_another_version(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"address": "tok')
+    with pytest.raises(Damaged, match="delete it and run again"):
         read_model(tmp_path / "manifest.json", Manifest)
 
 
@@ -198,12 +346,12 @@ def test_metrics_survive_a_torn_line_and_a_cut(tmp_path: Path) -> None:
 def test_without_a_checkout_the_image_says_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bug: provenance of stages that ran in the image named no commit, since .git is not copied into it."""
     monkeypatch.setenv("GPT2_COMMIT", "0" * 40 + "+")
-    assert stage_module.git_commit() != "0" * 40 + "+", "a checkout knows better"
-    monkeypatch.setattr(stage_module, "__file__", str(tmp_path / "stage.py"))
+    assert version.git_commit() != "0" * 40 + "+", "a checkout knows better"
+    monkeypatch.setattr(version, "__file__", str(tmp_path / "version.py"))
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
-    assert stage_module.git_commit() == "0" * 40 + "+"
+    assert version.git_commit() == "0" * 40 + "+"
     monkeypatch.setenv("GPT2_COMMIT", "")
-    assert stage_module.git_commit() is None
+    assert version.git_commit() is None
 
 
 def test_file_entry_measures(tmp_path: Path) -> None:

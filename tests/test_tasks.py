@@ -16,7 +16,7 @@ from prefect import flow
 from prefect.artifacts import Artifact as PrefectArtifact
 
 from gpt2.config import Runtime
-from gpt2.manifest import MANIFEST, Manifest, Request, read_model
+from gpt2.manifest import MANIFEST, Manifest, OtherVersion, Request, read_model
 from gpt2.metrics import MetricsWriter, cut_after_step
 from tasks import stage as stages
 from tasks.launch import StageCrashed, StageFailed
@@ -93,6 +93,20 @@ def test_a_changed_byte_is_seen(pipeline: Path) -> None:
     assert path.read_text() == "val" * 10
 
 
+def test_an_input_with_other_bytes_under_its_address_is_a_miss(pipeline: Path) -> None:
+    """Bug: a stage that was made again, and gave something else, left all that follows at what it was before."""
+    from gpt2.stage import StageDir
+
+    directory = StageDir(pipeline / DOWNLOAD.address)
+    manifest = directory.manifest
+    assert manifest is not None
+    (directory.path / manifest.files[0].path).write_text("another text")
+    directory.finish([manifest.files[0].path], manifest.facts)
+    assert two_stages(pipeline) == {"download": "Cached", "tokenize": "Completed"}
+    assert sessions(pipeline) == 1, "the earlier work is set aside, with its record of sessions"
+    assert two_stages(pipeline) == {"download": "Cached", "tokenize": "Cached"}
+
+
 def test_verify_sees_what_the_time_stamp_hides(pipeline: Path) -> None:
     path = pipeline / TOKENIZE.address / "shards" / "val.bin"
     stat = path.stat()
@@ -105,6 +119,15 @@ def test_verify_sees_what_the_time_stamp_hides(pipeline: Path) -> None:
 def test_a_torn_manifest_is_no_manifest(pipeline: Path) -> None:
     (pipeline / TOKENIZE.address / MANIFEST).write_text('{"address": "tok')
     assert two_stages(pipeline)["tokenize"] == "Completed"
+
+
+def test_a_manifest_of_another_version_stops_the_run_and_stays(pipeline: Path) -> None:
+    path = pipeline / TOKENIZE.address / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), "new_field": 1}))
+    with pytest.raises(OtherVersion, match="new_field"):
+        two_stages(pipeline)
+    assert json.loads(path.read_text())["new_field"] == 1
+    assert sessions(pipeline) == 1
 
 
 def test_damage_removes_the_link_not_what_it_points_to(tmp_path: Path) -> None:

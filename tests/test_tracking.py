@@ -17,10 +17,11 @@ from mlflow import MlflowClient
 
 from flows.services import where
 from gpt2.config import RunConfig, Runtime
-from gpt2.manifest import METRICS
+from gpt2.manifest import METRICS, TrainFacts
 from gpt2.metrics import MetricsWriter, cut_after_step
 from gpt2.plan import Plan, plan, prepare
 from gpt2.recipe import load
+from gpt2.stage import StageDir
 from tasks.mirror import Mirror, flatten
 from tasks.mlflow_runs import EXPERIMENT
 from tasks.tracking import Tracking
@@ -152,6 +153,33 @@ def test_a_resumed_training_is_not_doubled(pipeline: Pipeline, sees_the_cut: boo
     assert mirror.run_id
     assert steps(pipeline.store, mirror.run_id, "train/loss") == list(range(1, 13))
     assert steps(pipeline.store, mirror.run_id, "val/loss") == [7]
+
+
+def test_weights_trained_again_get_a_run_of_their_own(pipeline: Pipeline) -> None:
+    """Bug: of a training done again under its address (another precision), MLflow kept the curve and the evaluation of
+    the earlier weights."""
+    pipeline.run()
+    mirror = pipeline.mirror()
+    mirror.sync()
+    first = mirror.run_id
+    weights = pipeline.store / pipeline.plan.train.address / "checkpoints" / "step_00000001" / "model.safetensors"
+    weights.write_text("other weights")
+    request = pipeline.plan.train
+    directory = StageDir(pipeline.store / request.address)
+    facts = directory.facts(TrainFacts)
+    directory.finish([str(weights.relative_to(directory.path))], facts.model_copy(update={"val_loss": 1.5}))
+    mirror.sync()
+    second = mirror.run_id
+    assert second != first
+    assert client(pipeline.store).get_run(second).data.metrics["final/val_loss"] == 1.5
+    assert "evaluate/val_loss" not in client(pipeline.store).get_run(second).data.metrics
+    assert steps(pipeline.store, str(second), "train/loss") == list(range(1, 31))
+    assert client(pipeline.store).get_run(first).data.metrics["final/val_loss"] == 2.0
+    pipeline.run("evaluate", "report")
+    other = pipeline.mirror()
+    other.sync()
+    assert other.run_id == second
+    assert client(pipeline.store).get_run(second).data.metrics["evaluate/val_loss"] == 2.0
 
 
 def test_other_experiments_are_other_runs_and_compare_step_by_step(

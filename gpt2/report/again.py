@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from gpt2 import strict_yaml
+from gpt2.config import BenchmarkConfig
 from gpt2.manifest import Request
 from gpt2.report.run import Run
+
+BENCHMARK: TypeAdapter[BenchmarkConfig] = TypeAdapter(BenchmarkConfig)
 
 
 def configuration(run: Run) -> dict[str, Any]:
@@ -22,6 +27,8 @@ def configuration(run: Run) -> dict[str, Any]:
         section = dict(request.config)
         if "source" in section:
             section["source"] = _source(request)
+        # the request leaves some defaults out, which the recipe's values must not fill
+        section = BENCHMARK.validate_python(section).model_dump(mode="json", exclude={"optional"})
         benchmarks[name] = {**benchmarks.get(name, {}), **section}
     return {
         "name": run.report.name,
