@@ -31,6 +31,8 @@ from gpt2.source_config import (  # noqa: F401
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Auto = Literal["auto"]
+LAYER_NORM_EPS = 1e-5
+"""GPT-2's, in every size"""
 
 
 # ------------------------------------------------------------------------------------------------------------- data
