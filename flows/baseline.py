@@ -44,7 +44,7 @@ def baseline(
     name_flow_run(prefect_runtime.flow_run.id, f"{config.name} baselines {' '.join(config.baselines)}")
     measured = {}
     for name in config.baselines:
-        steps = plan_baseline(config, name, how.store)
+        steps = plan_baseline(config, name, how.store, verify=how.verify)
         corpus = download(steps.download, how)
         shards = tokenize(steps.tokenize, how, corpus)
         made, skipped = make_benchmarks(config, steps, how, list(steps.benchmarks), shards)

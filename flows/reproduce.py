@@ -67,7 +67,7 @@ def reproduce(
         store: folder of all results; by default the runtime's
     """
     config, how = configure(recipe, overrides, runtime, store)
-    steps = plan(config, how.store)
+    steps = plan(config, how.store, verify=how.verify)
     flow_run = prefect_runtime.flow_run.id
     name_flow_run(flow_run, f"{config.name} {steps.train.address}")
 

@@ -15,7 +15,6 @@ from gpt2.fast import FastGPT, accelerate
 from gpt2.kernels.head import Fp8Head
 from gpt2.model import GPT
 from gpt2.parallel import MOMENTS, LossFn, Parallel, Replicas
-from gpt2.weights import load_hf
 
 
 def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:
@@ -65,7 +64,7 @@ def fresh(config: TrainConfig) -> Snapshot:
     """Step 0: the recipe's initial weights, or those of `init_from`; moments at zero.
 
     Raises:
-        UserError: init_from holds no weights of this shape.
+        UserError: init_from holds no weights of this architecture, or not the planned ones.
     """
     model = GPT(config.model)
     if config.init_from is None:
@@ -73,7 +72,7 @@ def fresh(config: TrainConfig) -> Snapshot:
     else:
         from gpt2.pretrained import load_init
 
-        load_hf(model, load_init(config.init_from))
+        load_init(model, config.init_from, config.init_sha256)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     for name, weight in list(tensors.items()):
         for key in MOMENTS:

@@ -13,22 +13,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from gpt2.architecture import MODEL_CONFIG, hf_config, read_hf_config
 from gpt2.atomic import fsync_dir, write_text
 from gpt2.config import CheckpointConfig, ModelConfig, Section
 from gpt2.errors import UserError
 from gpt2.manifest import OtherVersion, Session, read_model, sha256_file, write_model
 from gpt2.model import GPT
 from gpt2.tensor_file import read_tensors, write_tensors
-from gpt2.weights import from_hf_layout, hf_config, hf_layout, load_hf, read_hf_config, to_hf
+from gpt2.weights import from_hf_layout, hf_layout, load_hf, to_hf
 
-WEIGHTS, MODEL_CONFIG, OPTIMIZER, STATE = "model.safetensors", "config.json", "optimizer.safetensors", "state.json"
+WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 
 
 # ------------------------------------------------------------------------------------------------------------- models
@@ -144,8 +145,8 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(trash, ignore_errors=True)
 
 
-def read_state(folder: Path) -> TrainState:
-    """The state of a checkpoint, after checking size and sha256 of all its files.
+def read_state(folder: Path, names: Collection[str] | None = None) -> TrainState:
+    """The state of a checkpoint, after checking size and sha256 of its files: of all, or of `names` alone.
 
     Raises:
         UserError: it is not whole or was changed.
@@ -155,6 +156,8 @@ def read_state(folder: Path) -> TrainState:
     except FileNotFoundError:
         raise UserError(f"{folder / STATE} is missing") from None
     for name, written in state.files.items():
+        if names is not None and name not in names:
+            continue
         path = folder / name
         if not path.exists():
             raise UserError(f"{path} is missing")

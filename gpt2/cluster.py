@@ -24,7 +24,8 @@ from gpt2.config import TokenizeConfig
 from gpt2.console import command
 from gpt2.corpus import Reading, divide
 from gpt2.errors import UserError, without_credentials
-from gpt2.shard_folder import OutputFacts, RemoteFolder, file_system, shard_bytes
+from gpt2.manifest import canonical
+from gpt2.shard_folder import OutputFacts, RemoteFolder, file_system, shard_bytes, version_of
 from gpt2.shard_sequence import AT_ONCE
 
 
@@ -71,14 +72,16 @@ def tokenize_to(
         inputs: paths, addresses or patterns, in reading order.
 
     Raises:
-        UserError: as the stage, or `output` holds something else.
+        UserError: as the stage, or `output` holds something else, or an input changed while it was read.
     """
     from gpt2.tokenize import expected_tokens, facts_of, plan_of, write_shards
 
     reading = Reading(column, config.on_bad_input)
-    units, unreadable = divide([(path, path.rsplit("/", 1)[-1]) for path in expand(inputs)], reading)
+    paths = expand(inputs)
+    versions = [version_of(path) for path in paths]
+    units, unreadable = divide([(path, path.rsplit("/", 1)[-1]) for path in paths], reading)
     with tempfile.TemporaryDirectory(prefix="tokenize-") as scratch:
-        folder = RemoteFolder(Path(scratch), output, column)
+        folder = RemoteFolder(Path(scratch), output, canonical([column, versions]))
         plan = folder.fingerprint(plan_of(units, config))
         if (finished := folder.finished(plan)) is not None:
             print(f"tokenize: {without_credentials(output)} is finished already", flush=True)
@@ -95,6 +98,9 @@ def tokenize_to(
             expected,
         )
         made = facts_of(whole, config, "; ".join(sorted(names)) or encoder.name, unreadable)
+        for path, before in zip(paths, versions, strict=True):
+            if (now := version_of(path)) != before:
+                raise UserError(f"{path} changed while it was read, {before} before and {now} now: run again")
         facts = OutputFacts(**made.model_dump(), plan=plan)
         folder.finish(facts)
     return facts

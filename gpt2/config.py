@@ -37,6 +37,8 @@ Auto = Literal["auto"]
 Steps = Annotated[int, Field(gt=0, le=10**9)]
 Processes = Annotated[int, Field(gt=0, le=4096)]
 ShardTokens = Annotated[int, Field(gt=0, lt=2**31, description="llm.c's header has 32 bits for it")]
+LAYER_NORM_EPS = 1e-5
+"""GPT-2's, in every size"""
 
 
 # ------------------------------------------------------------------------------------------------------------- data

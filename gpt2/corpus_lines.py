@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -105,7 +106,7 @@ def _last_text_cut(data: bytes | bytearray, start: int = 0) -> int:
 def _check_field(path: str, name: str, compression: Compression | None, column: str) -> None:
     try:
         with open_raw(path, name) as raw, _decompress(raw, compression) as file:
-            record = json.loads(file.readline())
+            record = _record(file.readline())
     except (*_UNREADABLE, ValueError, RecursionError) as error:
         raise_if_passing(error, name)
         return  # reading will say where
@@ -183,16 +184,23 @@ def read_jsonl(unit: Unit, reading: Reading) -> Iterator[Batch]:
         yield Batch.of(documents, consumed=unit.size - consumed, skipped=bad.take())
 
 
+def _record(line: bytes) -> Any:
+    """A line's JSON. json.loads alone would let bytes pass that encode surrogates, which are no UTF-8, and a BOM."""
+    return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+
+
 def _field(line: bytes, column: str, unit: Unit, position: int, bad: BadInput) -> bytes | None:
     """One line's document as UTF-8, or None for an empty line or one that cannot be used."""
     try:
-        record = json.loads(line)
+        record = _record(line)
         text = record.get(column, record)  # the record itself stands for "not there"
-    except (ValueError, RecursionError) as error:  # what is not UTF-8 is a ValueError too
+    except UnicodeDecodeError:
+        reason = "not UTF-8"
+    except (ValueError, RecursionError) as error:
         if line.isspace():
             return None
         # Without the position, so that the same mistake in many lines is listed once.
-        reason = f"not JSON: {getattr(error, 'msg', None) or getattr(error, 'reason', None) or error}"
+        reason = f"not JSON: {getattr(error, 'msg', None) or error}"
     except AttributeError:
         reason = f"{type(record).__name__} instead of an object"
     else:

@@ -21,7 +21,8 @@ from gpt2.benchmark import KINDS, prepare_files, val_shards
 from gpt2.config import EvaluateConfig, Runtime
 from gpt2.distributed import World, join, leave, locate
 from gpt2.errors import UserError
-from gpt2.examples import DESCRIPTION
+from gpt2.examples import DESCRIPTION, EXAMPLES
+from gpt2.integrity import check_recorded
 from gpt2.machine import keep_compiled
 from gpt2.manifest import EvaluateFacts, PretrainedFacts, Score, TrainFacts, write_model
 from gpt2.measure import Measurement, Result, how
@@ -99,6 +100,7 @@ def work(stage: StageDir, world: World) -> None:
         for name in config.benchmarks
         if f"benchmark:{name}" in stage.request.inputs
     }
+    check_recorded([*shards, *benchmark_files(directories)])
     metrics = stage.metrics() if world.is_main else None
     progress = None
     if metrics is not None:
@@ -149,6 +151,11 @@ def model_folder(stage: StageDir) -> Path:
     return stage.path / facts.checkpoint
 
 
+def benchmark_files(directories: Mapping[str, Path]) -> list[Path]:
+    """What is read of prepared benchmarks."""
+    return [path / name for path in directories.values() for name in (DESCRIPTION, EXAMPLES)]
+
+
 def _tokens(benchmark: Path) -> int:
     from gpt2.examples import load
 
@@ -180,6 +187,7 @@ def alone(arguments: argparse.Namespace, world: World) -> None:
     join(world)
     with tempfile.TemporaryDirectory() as scratch:
         directories = prepare_benchmarks(arguments.benchmark, Path(scratch))
+        check_recorded([*map(Path, arguments.shards), *benchmark_files(directories)])
         model = load_any(Path(arguments.folder), world.device)
         runtime = Runtime(precision=arguments.precision, micro_batch_size=arguments.micro_batch_size)
         way = how(runtime, world, model.config.block_size)

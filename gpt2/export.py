@@ -27,17 +27,18 @@ import torch
 from torch import Tensor
 
 from gpt2 import model_card
+from gpt2.architecture import MODEL_CONFIG, hf_config, resolve
 from gpt2.atomic import fsync_dir, write_text
-from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
+from gpt2.checkpoint import WEIGHTS
 from gpt2.config import ModelConfig
 from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
 from gpt2.llmc import write_llmc
 from gpt2.model import GPT
-from gpt2.pretrained import read_any, resolve
+from gpt2.pretrained import read_any
 from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_files
-from gpt2.weights import hf_config, load_hf, to_hf
+from gpt2.weights import load_hf, to_hf
 
 END_OF_TEXT = "<|endoftext|>"
 LLMC_VERSIONS = {"llmc": 3, "llmc-bf16": 5}

@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2.architecture import LLMC_DTYPES, LLMC_HEADER_BYTES, LLMC_MAGIC, read_llmc_header
 from gpt2.atomic import atomic_write
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
 from gpt2.weights import TRANSPOSED, WTE
 
-MAGIC = 20240326
-HEADER_BYTES = 256 * 4
-VERSIONS = {3: torch.float32, 5: torch.bfloat16}
+VERSIONS: dict[int, torch.dtype] = {version: getattr(torch, name) for version, name in LLMC_DTYPES.items()}
 TENSORS = (  # with {} standing for each layer in turn
     WTE,
     "transformer.wpe.weight",
@@ -42,23 +41,15 @@ TENSORS = (  # with {} standing for each layer in turn
 )
 
 
-def is_llmc(path: Path) -> bool:
-    """Whether `path` is a file that begins as llm.c's model checkpoints do."""
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(4) == MAGIC.to_bytes(4, "little")
-
-
 def write_llmc(path: Path, config: ModelConfig, weights: Mapping[str, Tensor], version: int = 3) -> None:
     """Write `weights` (Hugging Face names and layout) as a llm.c checkpoint.
 
     Args:
         version: 3 keeps fp32 bit for bit; 5 rounds to bf16, to nearest even.
     """
-    header = np.zeros(256, dtype="<i4")
+    header = np.zeros(LLMC_HEADER_BYTES // 4, dtype="<i4")
     header[:8] = (
-        MAGIC,
+        LLMC_MAGIC,
         version,
         config.block_size,
         config.vocab_size,
@@ -87,18 +78,18 @@ def read_llmc(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     Raises:
         UserError: no such file, another kind or version, sizes that contradict each other, a file cut off.
     """
-    config, version, padded = _read_header(path)
+    config, version, padded = read_llmc_header(path)
     dtype = VERSIONS[version]
     shapes = _shapes(config, padded)
-    expected = HEADER_BYTES + sum(rows * (columns or 1) for rows, columns in shapes.values()) * dtype.itemsize
+    expected = LLMC_HEADER_BYTES + sum(rows * (columns or 1) for rows, columns in shapes.values()) * dtype.itemsize
     size = path.stat().st_size
     if size != expected:
         raise UserError(
-            f"{path} holds {size:,} bytes, its header asks for {expected:,}: copy it again, or write it anew"
+            f"{path} holds {size:,} bytes, its header asks for {expected:,}: copy it again, or write it again"
         )
     weights = {}
     with open(path, "rb") as file:
-        file.seek(HEADER_BYTES)
+        file.seek(LLMC_HEADER_BYTES)
         for name, (rows, columns) in shapes.items():
             count = rows * (columns or 1)
             raw = np.fromfile(file, dtype="<i2" if dtype == torch.bfloat16 else "<i4", count=count)
@@ -109,31 +100,6 @@ def read_llmc(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
                 tensor = tensor[: config.vocab_size].clone()
             weights[name] = tensor.t().contiguous() if name.endswith(TRANSPOSED) else tensor
     return config, weights
-
-
-def _read_header(path: Path) -> tuple[ModelConfig, int, int]:
-    """Architecture, version and padded vocabulary."""
-    try:
-        with open(path, "rb") as file:
-            raw = file.read(HEADER_BYTES)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    if len(raw) < HEADER_BYTES:
-        raise UserError(f"{path} holds {len(raw):,} bytes, a llm.c checkpoint begins with {HEADER_BYTES:,}")
-    magic, version, block_size, vocab_size, n_layer, n_head, n_embd, padded = np.frombuffer(raw, "<i4")[:8].tolist()
-    if magic != MAGIC:
-        raise UserError(f"{path} begins with {magic}, a llm.c model checkpoint with {MAGIC}: it is something else")
-    if version not in VERSIONS:
-        raise UserError(
-            f"{path} is version {version}: known are 3 (fp32) and 5 (bf16); write it anew with today's llm.c"
-        )
-    if padded < vocab_size or min(block_size, vocab_size, n_layer, n_head, n_embd) < 1 or n_embd % n_head:
-        raise UserError(
-            f"{path} has a header that contradicts itself: context {block_size}, vocabulary {vocab_size} padded to "
-            f"{padded}, {n_layer} layers, {n_head} heads, width {n_embd}; copy it again, or write it anew"
-        )
-    config = ModelConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size, vocab_size=vocab_size)
-    return config, version, padded
 
 
 def _names(config: ModelConfig) -> Iterator[str]:

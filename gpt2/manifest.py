@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, ValidationError
 from gpt2.atomic import write_text
 from gpt2.config import Section
 from gpt2.errors import UserError
+from gpt2.file_hashes import Hashes, Stamp, sha256_file
 from gpt2.version import code_version
 
 M = TypeVar("M", bound=BaseModel)  # 3.11 has no def f[M]()
@@ -36,11 +37,6 @@ def canonical(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-
-
-def sha256_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Request(Section):
@@ -66,7 +62,15 @@ class FileEntry(Section):
     size: int
     sha256: str
     mtime_ns: int
-    """only tells whether hashing again is worth while; never part of an identity"""
+    """only tells whether hashing again is worth while, as the two below; never part of an identity"""
+    inode: int | None = None
+    ctime_ns: int | None = None
+    """None: written by a version that recorded mtime_ns alone"""
+
+    def touched(self, stamp: Stamp) -> bool:
+        """Whether the file may hold something else than when it was recorded."""
+        recorded = (self.inode, self.ctime_ns)
+        return stamp.mtime_ns != self.mtime_ns or recorded not in ((None, None), (stamp.inode, stamp.ctime_ns))
 
 
 # ------------------------------------------------------------------------------------------ facts, one model a stage
@@ -290,28 +294,34 @@ class Manifest(Section):
         return hashlib.sha256(canonical(content).encode()).hexdigest()
 
     def problems(self, directory: Path, *, deep: bool = False) -> list[str]:
-        """What no longer agrees with the files under `directory`: missing, of another size, or, where the time stamp
-        moved (`deep`: always), of another hash. Empty when all is well."""
+        """What no longer agrees with the files under `directory`: missing, of another size, or, where mtime, ctime or
+        inode changed (`deep`: always), of another hash. Empty when all is well.
+
+        The hashes of changed files are remembered in the store, so that a copied store is read once.
+        """
         found = []
+        read: dict[Path, str] = {}
         for entry in self.files:
-            path = directory / entry.path
+            path = (directory / entry.path).absolute()
             try:
-                stat = path.stat()
+                stamp = Stamp.of(path)
             except FileNotFoundError:
                 found.append(f"{path}: missing")
                 continue
-            if stat.st_size != entry.size:
-                found.append(f"{path}: {stat.st_size:,} bytes, the manifest says {entry.size:,}")
-            elif (deep or stat.st_mtime_ns != entry.mtime_ns) and sha256_file(path) != entry.sha256:
-                found.append(f"{path}: its sha256 is not the manifest's")
-        return found
+            if stamp.size != entry.size:
+                found.append(f"{path}: {stamp.size:,} bytes, the manifest says {entry.size:,}")
+            elif deep or entry.touched(stamp):
+                read[path] = entry.sha256
+        hashes = Hashes(directory.parent.parent, verify=deep).of(list(read))
+        changed = [path for (path, sha256), now in zip(read.items(), hashes, strict=True) if now != sha256]
+        return found + [f"{path}: its sha256 is not the manifest's" for path in changed]
 
 
 def file_entry(directory: Path, relative: str, sha256: str | None = None) -> FileEntry:
     """Measure one file of a stage's directory; `sha256` when it is known already."""
     path = directory / relative
-    stat = path.stat()
-    return FileEntry(path=relative, size=stat.st_size, sha256=sha256 or sha256_file(path), mtime_ns=stat.st_mtime_ns)
+    stamp = Stamp.of(path)  # before it is read: a later change shows
+    return FileEntry(path=relative, sha256=sha256 or sha256_file(path), **stamp._asdict())
 
 
 class Damaged(UserError):

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.config import ModelConfig
+from gpt2.config import LAYER_NORM_EPS, ModelConfig
 
-LAYER_NORM_EPS = 1e-5
 IGNORE = -1  # a target that is not scored
 
 

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gpt2.architecture import check_architecture
 from gpt2.config import (
     BenchmarkConfig,
     Continuation,
@@ -56,23 +57,29 @@ class Plan(Section):
 
 
 def plan(
-    config: RunConfig, store: Path, skip: Mapping[str, str] | None = None, without_harness: str | None = None
+    config: RunConfig,
+    store: Path,
+    skip: Mapping[str, str] | None = None,
+    without_harness: str | None = None,
+    *,
+    verify: bool = False,
 ) -> Plan:
     """Work out every stage's request.
 
     Sources are identified by content, so local files are hashed here (once: the hashes are remembered in the store,
-    by size and time stamp).
+    by path, size, mtime, ctime and inode).
 
     Args:
         skip: optional benchmarks that turned out not to be had -> why. A plan without one asks for another evaluation
             than a plan with it, so that nothing is skipped any more once the data is there.
         without_harness: why the harness, though asked for, could not be run; likewise.
+        verify: hash local files whether they are remembered or not (runtime.verify).
 
     Raises:
         UserError: a local file is missing; not where only an optional benchmark lacks it, unless training scores it.
             Or the harness is asked for and not installed.
     """
-    identity, hints = identify(config.download.source, store)
+    identity, hints = identify(config.download.source, store, verify=verify)
     download = _request("download", {"source": identity}, hints={"source": hints})
     tokenize = _request("tokenize", config.tokenize, {"corpus": download.address})
 
@@ -82,7 +89,7 @@ def plan(
         if name in skipped:
             continue
         try:
-            benchmarks[name] = _benchmark(config.benchmarks[name], tokenize, store)
+            benchmarks[name] = _benchmark(config.benchmarks[name], tokenize, store, verify)
         except UserError as error:
             if not config.benchmarks[name].optional or name == config.train.benchmark:
                 raise
@@ -91,7 +98,7 @@ def plan(
     train_inputs = {"shards": tokenize.address}
     if config.train.benchmark:
         train_inputs["benchmark"] = benchmarks[config.train.benchmark].address
-    train = _request("train", _with_weights(config.train, store), train_inputs)
+    train = _request("train", _with_weights(config.train, store, verify), train_inputs)
 
     scored = {
         f"benchmark:{name}": benchmarks[name].address for name in config.evaluate.benchmarks if name in benchmarks
@@ -102,7 +109,9 @@ def plan(
         {"model": train.address, "shards": tokenize.address, **scored},
         {"skipped": skipped},
     )
-    harness = None if config.harness is None or without_harness else harness_request(config.harness, train, store)
+    harness = (
+        None if config.harness is None or without_harness else harness_request(config.harness, train, store, verify)
+    )
     report = _request(
         "report",
         {"name": config.name, **config.report.identity()},
@@ -126,7 +135,7 @@ def plan(
     )
 
 
-def harness_request(config: HarnessConfig, train: Request, store: Path) -> Request:
+def harness_request(config: HarnessConfig, train: Request, store: Path, verify: bool = False) -> Request:
     """Running lm-evaluation-harness on what `train` makes. Another version of the harness is another measurement.
 
     Raises:
@@ -142,7 +151,9 @@ def harness_request(config: HarnessConfig, train: Request, store: Path) -> Reque
     if config.data:
         places = {task: str(Path(path).expanduser().absolute()) for task, path in config.data.items()}
         paths = sorted(set(places.values()))
-        section["source"], hints["source"] = identify(LocalFiles(paths=tuple(paths)), store, HARNESS_FORMATS)
+        section["source"], hints["source"] = identify(
+            LocalFiles(paths=tuple(paths)), store, HARNESS_FORMATS, verify=verify
+        )
         section["data"] = {task: paths.index(place) for task, place in places.items()}
     return _request("harness", section, {"model": train.address}, hints)
 
@@ -163,7 +174,9 @@ class BaselinePlan(Section):
                 "pretrained": self.pretrained, "evaluate": self.evaluate}  # fmt: skip
 
 
-def plan_baseline(config: RunConfig, name: str, store: Path, skip: Mapping[str, str] | None = None) -> BaselinePlan:
+def plan_baseline(
+    config: RunConfig, name: str, store: Path, skip: Mapping[str, str] | None = None, *, verify: bool = False
+) -> BaselinePlan:
     """Work out the requests of measuring `config.baselines[name]`; what it shares with `plan` has the same address.
 
     Raises:
@@ -173,8 +186,8 @@ def plan_baseline(config: RunConfig, name: str, store: Path, skip: Mapping[str, 
         raise UserError(
             f"{config.name} has no baseline {name!r}: baselines has {', '.join(config.baselines) or 'none'}"
         )
-    ours = plan(config, store, skip)
-    pretrained = _pretrained(config.baselines[name], store)
+    ours = plan(config, store, skip, verify=verify)
+    pretrained = _pretrained(config.baselines[name], store, verify)
     return BaselinePlan(
         download=ours.download,
         tokenize=ours.tokenize,
@@ -184,13 +197,13 @@ def plan_baseline(config: RunConfig, name: str, store: Path, skip: Mapping[str, 
     )
 
 
-def _pretrained(source: ModelSource, store: Path) -> Request:
+def _pretrained(source: ModelSource, store: Path, verify: bool = False) -> Request:
     if isinstance(source, LocalModel):
         folder = Path(source.path).expanduser()
         pickled = not any(folder.glob("model*.safetensors")) and (folder / "pytorch_model.bin").exists()
         weights = "pytorch_model.bin" if pickled else "model*.safetensors*"
         identity, hints = identify(
-            LocalFiles(paths=(str(folder / "config.json"), str(folder / weights))), store, MODEL_FORMATS
+            LocalFiles(paths=(str(folder / "config.json"), str(folder / weights))), store, MODEL_FORMATS, verify=verify
         )
         identity.pop("text_column")
     else:
@@ -214,11 +227,12 @@ def _measured_baselines(config: RunConfig, evaluate: Request, store: Path) -> di
     return found
 
 
-def _with_weights(train: TrainConfig, store: Path) -> TrainConfig:
-    """With the hash of the weights that training begins from, if from any."""
+def _with_weights(train: TrainConfig, store: Path, verify: bool) -> TrainConfig:
+    """With the hash of the weights that training begins from, if from any; their architecture must be the recipe's."""
     if train.init_from is None:
         return train
-    found = identify_weights(train.init_from, store)
+    check_architecture(train.init_from, train.model)
+    found = identify_weights(train.init_from, store, verify=verify)
     if train.init_sha256 not in (None, found):
         raise UserError(
             f"train.init_from: {train.init_from} has the sha256 {found}, train.init_sha256 says {train.init_sha256}: "
@@ -227,12 +241,12 @@ def _with_weights(train: TrainConfig, store: Path) -> TrainConfig:
     return train.model_copy(update={"init_sha256": found})
 
 
-def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path) -> Request:
+def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path, verify: bool) -> Request:
     section = benchmark.identity()
     del section["optional"]  # whether it may be missing changes no byte of it
     if isinstance(benchmark, Continuation):
         return _request("benchmark", section, {"shards": tokenize.address})
-    section["source"], hints = identify(benchmark.source, store, BENCHMARK_FORMATS)
+    section["source"], hints = identify(benchmark.source, store, BENCHMARK_FORMATS, verify=verify)
     return _request("benchmark", section, hints={"source": hints})
 
 
@@ -277,7 +291,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     overrides = parse_overrides(arguments.overrides)
     runtime = load_runtime(None, overrides)
-    whole = plan(load(arguments.recipe, overrides), runtime.store)
+    whole = plan(load(arguments.recipe, overrides), runtime.store, verify=runtime.verify)
     if arguments.checkpoint:
         print(checkpoint(whole, runtime.store))
         return

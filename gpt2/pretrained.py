@@ -12,14 +12,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
+from gpt2.architecture import MODEL_CONFIG, check_architecture, read_hf_config, resolve
+from gpt2.checkpoint import STATE, WEIGHTS, read_state
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
-from gpt2.llmc import is_llmc, read_llmc
-from gpt2.manifest import MANIFEST, Manifest, PretrainedFacts, TrainFacts, read_model
+from gpt2.file_hashes import Stamp, sha256_file
+from gpt2.integrity import check_recorded
+from gpt2.llmc import read_llmc
 from gpt2.model import GPT
+from gpt2.sources import weight_files, weights_sha256
 from gpt2.tensor_file import read_tensors
-from gpt2.weights import load_hf, read_hf_config
+from gpt2.weights import load_hf
 
 SHARDED, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
 
@@ -52,10 +55,26 @@ def load_any(path: Path, device: torch.device | str = "cpu") -> GPT:
     return model.to(device).eval()
 
 
-def load_init(path: str | Path) -> dict[str, Tensor]:
-    """The weights at `path` by Hugging Face's names, in its layout, on the CPU; `gpt2.weights.load_hf` puts them into a
-    model and says where their shapes are not the model's."""
-    return read_any(Path(path).expanduser())[1]
+def load_init(model: GPT, path: str, sha256: str | None = None) -> None:
+    """Put the weights that train.init_from names into `model`.
+
+    Args:
+        sha256: what `gpt2.sources.identify_weights` gave when the run was planned; None: not compared.
+
+    Raises:
+        UserError: as `read_any`, or another architecture, or not the planned bytes.
+    """
+    check_architecture(path, model.config)
+    files = weight_files(path)
+    before = [Stamp.of(file) for file in files]
+    if sha256 is not None and (found := weights_sha256(files, [sha256_file(file) for file in files])) != sha256:
+        raise UserError(
+            f"train.init_from: {path} changed since the run was planned: sha256 {sha256} then, {found} now; "
+            "put the weights back, or run again, it is planned anew"
+        )
+    load_hf(model, read_any(Path(path).expanduser())[1])
+    if [Stamp.of(file) for file in files] != before:
+        raise UserError(f"train.init_from: {path} changed while it was read: run again")
 
 
 def read_any(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -67,39 +86,17 @@ def read_any(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
             a model: a training, whose final checkpoint is meant, or fetched weights.
 
     Raises:
-        UserError: none of these, or damaged.
+        UserError: none of these, or damaged; files that a state.json or a manifest lists are compared with its sha256.
     """
     path = resolve(path)
     if path.is_file():
+        check_recorded([path])
         return read_llmc(path)
+    if (path / STATE).exists():
+        read_state(path, (MODEL_CONFIG, WEIGHTS))
+    else:
+        check_recorded(file for file in sorted(path.iterdir()) if file.is_file())
     return read_hf_config(path / MODEL_CONFIG), _read_folder(path)
-
-
-def resolve(path: Path) -> Path:
-    """The checkpoint folder or llm.c file that `path` stands for.
-
-    Raises:
-        UserError: there is nothing, or it holds no model.
-    """
-    if not path.exists():
-        raise UserError(
-            f"{path}: no such file or folder; give a checkpoint folder, a Hugging Face folder or a llm.c file"
-        )
-    if path.is_file() or (path / MODEL_CONFIG).exists():
-        return path
-    if (path / MANIFEST).exists():
-        facts = read_model(path / MANIFEST, Manifest).facts
-        if isinstance(facts, TrainFacts | PretrainedFacts):
-            return path / facts.checkpoint
-    found = [file for file in sorted(path.glob("*.bin")) if is_llmc(file)]
-    if len(found) == 1:
-        return found[0]
-    what = (
-        f"{len(found)} llm.c checkpoints: name one of them" if found else f"no {MODEL_CONFIG} and no llm.c checkpoint"
-    )
-    steps = sorted(path.glob("checkpoints/step_*")) or sorted(path.glob("step_*"))
-    hint = f"; the newest checkpoint there is {steps[-1]}" if steps else ""
-    raise UserError(f"{path} holds {what}{hint}")
 
 
 def _read_folder(folder: Path) -> dict[str, Tensor]:

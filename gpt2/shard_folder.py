@@ -11,6 +11,7 @@ from typing import Any, Literal
 import fsspec  # type: ignore[import-untyped]
 
 from gpt2.config import Section
+from gpt2.corpus import CannotReadNow
 from gpt2.errors import UserError
 from gpt2.manifest import Damaged, M, Skipped, TokenizeFacts, canonical, read_model, write_model
 from gpt2.shards import HEADER_BYTES, TOKEN, read_header
@@ -65,12 +66,16 @@ def shard_bytes(tokens: int) -> int:
 class Folder:
     """Where whole shards go: a stage's directory."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, made_from: str = "") -> None:
+        """
+        Args:
+            made_from: fingerprint of the files that are read, which `plan` knows by name and size only.
+        """
+        self.path, self._made_from = path, made_from
 
     def fingerprint(self, plan: str) -> str:
-        """`plan` with whatever else decides the bytes. A stage's directory has its name from all of that already."""
-        return plan
+        """`plan` with whatever else decides the bytes."""
+        return hashlib.sha256(canonical([plan, self._made_from]).encode()).hexdigest()
 
     def free(self) -> int | None:
         """Bytes of space that is left; None: nobody can say."""
@@ -123,6 +128,36 @@ def file_system(address: str) -> tuple[Any, str]:
     return system, path.rstrip("/")
 
 
+VERSION_FIELDS = (
+    "mtime", "created", "ino",  # local files, of which "created" is ctime
+    "ETag", "etag", "Content-MD5", "content_md5", "md5Hash", "md5", "checksum", "Digest",
+    "VersionId", "version_id", "generation",
+    "LastModified", "last_modified", "Last-Modified", "updated", "modified",
+)  # fmt: skip
+"""by which fsspec's file systems tell one content of a file from the next"""
+
+
+def version_of(address: str) -> dict[str, str]:
+    """Where a file lies, its size, and checksum, ETag, modification time or inode, as far as its file system has them.
+
+    Raises:
+        UserError: there is no such file.
+        CannotReadNow: it may be readable another time.
+    """
+    system, path = file_system(address)
+    system.invalidate_cache()  # of listings, which hold what was there before
+    try:
+        info = system.info(path)
+    except FileNotFoundError:
+        raise UserError(f"input {address} is missing: correct the address") from None
+    except OSError as error:
+        raise CannotReadNow(f"{address} cannot be read now ({error}): put that right and run again") from error
+    found = {name: str(info[name]) for name in VERSION_FIELDS if info.get(name) is not None}
+    if not found:
+        print(f"{address}: no checksum and no time is known; a change that keeps the size goes unnoticed", flush=True)
+    return {"address": system.unstrip_protocol(path), "size": str(info.get("size"))} | found
+
+
 class OutputFacts(TokenizeFacts):
     """facts.json of an output: the sign that all is there."""
 
@@ -134,18 +169,14 @@ class RemoteFolder(Folder):
     """Whole shards are moved to an address. Those on their way, and the one that is being written, lie in `scratch`, a
     folder of this machine: AT_ONCE + 1 at most."""
 
-    def __init__(self, scratch: Path, address: str, column: str = "") -> None:
+    def __init__(self, scratch: Path, address: str, made_from: str = "") -> None:
         self._there, self._root = file_system(address)
-        super().__init__(Path(self._root))
-        self._scratch, self._address, self._column = scratch, address.rstrip("/"), column
+        super().__init__(Path(self._root), made_from)
+        self._scratch, self._address = scratch, address.rstrip("/")
         self._there.invalidate_cache()  # others may have written there
 
     def _at(self, name: str) -> str:
         return f"{self._root}/{name}"
-
-    def fingerprint(self, plan: str) -> str:
-        """An address may be given with any column, which the units do not tell."""
-        return hashlib.sha256(canonical([plan, self._column]).encode()).hexdigest()
 
     def free(self) -> int | None:
         if "file" not in (self._there.protocol, *self._there.protocol):

@@ -35,6 +35,9 @@ class ShardSequence:
         self._pending: deque[Future[WholeShard]] = deque()
         progress = folder.read_progress()
         self.shards = list(self._kept(progress))
+        if progress and progress.plan != self._plan:
+            count = len(progress.shards)
+            print(f"tokenize: {count} shards of other input files or settings are made again", flush=True)
         self.start = self.shards[-1].end if self.shards else Place()
         self._before = sum(shard.tokens for shard in self.shards)  # of the shard that is being written
         self._number = len(self.shards)

@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
-import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from gpt2 import installed_docs
-from gpt2.atomic import fsync_dir, write_text
+from gpt2.architecture import resolve
+from gpt2.atomic import fsync_dir
 from gpt2.config import CorpusSource, HubFiles, HubModel, HubShards, InstalledDocs, LocalFiles, LocalShards
 from gpt2.errors import UserError
-from gpt2.machine import cpu_count
-from gpt2.manifest import canonical, sha256_file
+from gpt2.file_hashes import Hashes
+from gpt2.manifest import canonical
 
 Progress = Callable[[int, int, int], None]
 """Called with (bytes done, bytes in all, files done), at most a few times a second, from the calling thread."""
@@ -38,12 +36,17 @@ HARNESS_FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
 def identify(
-    source: CorpusSource | HubModel, store: Path, text_formats: tuple[str, ...] = TEXT_FORMATS
+    source: CorpusSource | HubModel,
+    store: Path,
+    text_formats: tuple[str, ...] = TEXT_FORMATS,
+    *,
+    verify: bool = False,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, hints) of a source.
 
     Both are JSON. Request.config["source"] and Request.hints["source"] hold them, and `fetch` takes them. Local
-    files are hashed here, once: the hashes are remembered in `store` by path, size and time stamp.
+    files are hashed here, once: the hashes are remembered in `store` by path, size, mtime, ctime and inode. `verify`
+    hashes them in any case.
 
     Raises:
         UserError: a local file is missing, a pattern matches nothing, or a file is of no known format.
@@ -51,7 +54,7 @@ def identify(
     hints: dict[str, Any] = {"source": source.model_dump(mode="json")}
     if isinstance(source, LocalFiles | LocalShards):
         paths = find_local(source.paths, SHARD_FORMATS if isinstance(source, LocalShards) else text_formats)
-        hashes = Hashes(store).of(paths)
+        hashes = Hashes(store, verify=verify).of(paths)
         files = [[path.name, path.stat().st_size, sha256] for path, sha256 in zip(paths, hashes, strict=True)]
         identity = {name: value for name, value in source.identity().items() if name != "paths"}
         return {**identity, "files": files}, {**hints, "paths": [str(path) for path in paths]}
@@ -110,9 +113,14 @@ def fetch(
 
 def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
     """sha256 of fetched files, by path relative to `directory`, as far as `fetch` verified them: what the manifest
-    needs not read the files again for."""
+    needs not read the files again for. Called when the stage has read them.
+
+    Raises:
+        UserError: a local file changed since it was fetched.
+    """
     if identity["kind"] in ("local", "local-shards"):
-        return {numbered(i, name): sha256 for i, (name, _, sha256) in enumerate(identity["files"])}
+        linked = [numbered(index, name) for index, (name, _, _) in enumerate(identity["files"])]
+        return dict(zip(linked, _check_local(identity, [directory / name for name in linked], directory), strict=True))
     if identity["kind"] in ("hub", "hub-shards", "hub-model"):
         from gpt2 import hub_download
 
@@ -120,20 +128,32 @@ def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
     return {}
 
 
-def identify_weights(path: str, store: Path) -> str:
-    """sha256 over the model files at `path`, a folder or a file: weights that change under one name are others.
+def weight_files(path: str) -> list[Path]:
+    """The files of the model at `path`, a folder, a file or a finished stage.
 
     Raises:
-        UserError: there is nothing.
+        UserError: there is none.
     """
-    place = Path(path).expanduser()
-    files = [place] if place.is_file() else sorted(p for p in place.glob("*") if p.name.endswith(WEIGHT_FILES))
-    if not files:
-        raise UserError(f"train.init_from: {path} holds no model: give a checkpoint folder or a llm.c file")
-    hashes = Hashes(store).of([file.resolve() for file in files])
-    return hashlib.sha256(
-        canonical([[file.name, sha] for file, sha in zip(files, hashes, strict=True)]).encode()
-    ).hexdigest()
+    place = resolve(Path(path).expanduser())
+    if place.is_file():
+        return [place]
+    return sorted(file for file in place.iterdir() if file.name.endswith(WEIGHT_FILES))
+
+
+def weights_sha256(files: Iterable[Path], hashes: Iterable[str]) -> str:
+    """One sha256 for several files with these hashes: weights that change under one name are others."""
+    named = [[file.name, sha256] for file, sha256 in zip(files, hashes, strict=True)]
+    return hashlib.sha256(canonical(named).encode()).hexdigest()
+
+
+def identify_weights(path: str, store: Path, *, verify: bool = False) -> str:
+    """sha256 over the model files at `path`; see `weight_files` and `identify`.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = weight_files(path)
+    return weights_sha256(files, Hashes(store, verify=verify).of(files))
 
 
 def numbered(index: int, name: str) -> str:
@@ -177,76 +197,36 @@ def check_format(name: str, formats: tuple[str, ...]) -> None:
         raise UserError(f"{name} is of no known format: this source takes {', '.join(formats)}")
 
 
-class Hashes:
-    """sha256 of local files, remembered in `<store>/hashes.json` by path, size and time stamp."""
-
-    RACY_NS = 2_000_000_000
-    """a file changed this short a time ago may change again within the same time stamp, so it is not remembered"""
-
-    def __init__(self, store: Path) -> None:
-        self.path = store / "hashes.json"
-
-    def of(self, paths: list[Path]) -> list[str]:
-        """Hash `paths`, several at a time; those known already are not read.
-
-        Raises:
-            UserError: a file cannot be read or is being written.
-        """
-        known = self._read()
-        with ThreadPoolExecutor(min(8, cpu_count())) as pool:  # hashlib lets go of the interpreter lock
-            entries = list(pool.map(lambda path: self._entry(path, known.get(str(path))), paths))
-        settled = time.time_ns() - self.RACY_NS
-        new = {
-            str(path): entry
-            for path, entry in zip(paths, entries, strict=True)
-            if entry["mtime_ns"] < settled and known.get(str(path)) != entry
-        }
-        if new:
-            write_text(self.path, json.dumps(self._read() | new, indent=1, sort_keys=True) + "\n")
-        return [entry["sha256"] for entry in entries]
-
-    def _entry(self, path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
-        try:
-            before = path.stat()
-            stamp = {"size": before.st_size, "mtime_ns": before.st_mtime_ns}
-            if known is not None and known.items() >= stamp.items():
-                return known
-            sha256 = sha256_file(path)
-            after = path.stat()
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise UserError(f"{path} is being written ({before.st_size:,} bytes, then {after.st_size:,}): wait for it")
-        return {**stamp, "sha256": sha256}
-
-    def _read(self) -> dict[str, dict[str, Any]]:
-        try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            return {}  # losing what is remembered costs a second reading, nothing else
-        return known if isinstance(known, dict) else {}
-
-
 def _link_local(identity: dict[str, Any], hints: dict[str, Any], directory: Path, progress: Progress) -> list[str]:
     paths = [Path(path) for path in hints["paths"]]
     for path in paths:
         if not path.is_file():
             raise UserError(f"there is no file {path} any more: put it back, or correct the source's paths")
-    store = directory.parent.parent
+    _check_local(identity, paths, directory)
     linked = []
-    for index, (path, sha256) in enumerate(zip(paths, Hashes(store).of(paths), strict=True)):
-        name, size, planned = identity["files"][index]
-        if sha256 != planned:
-            raise UserError(
-                f"{path} changed since the run was planned: sha256 {planned} of {size:,} bytes then, "
-                f"{sha256} of {path.stat().st_size:,} bytes now; run again, it is planned anew"
-            )
+    for index, (path, (name, _, _)) in enumerate(zip(paths, identity["files"], strict=True)):
         linked.append(numbered(index, name))
         _symlink(path.resolve(), directory / linked[-1])
     fsync_dir(directory / DATA)
     total = sum(size for _, size, _ in identity["files"])
     progress(total, total, len(linked))
     return linked
+
+
+def _check_local(identity: dict[str, Any], paths: list[Path], directory: Path) -> list[str]:
+    """The sha256 of `paths`, which are the planned ones.
+
+    Raises:
+        UserError: a file changed since the run was planned.
+    """
+    found = Hashes(directory.parent.parent).of(paths)
+    for path, now, (_, size, planned) in zip(paths, found, identity["files"], strict=True):
+        if now != planned:
+            raise UserError(
+                f"{path.resolve()} changed since the run was planned: sha256 {planned} of {size:,} bytes then, "
+                f"{now} of {path.stat().st_size:,} bytes now; run again, it is planned anew"
+            )
+    return found
 
 
 def _symlink(target: Path, link: Path) -> None:

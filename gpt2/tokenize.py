@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from gpt2.config import TokenizeConfig
 from gpt2.corpus import Batch, Reading, Unit, divide, read
 from gpt2.encoder import Encoded, Encoder, encode_unit
 from gpt2.errors import UserError
+from gpt2.file_hashes import Hashes
 from gpt2.in_order import in_order
+from gpt2.integrity import Unchanged
 from gpt2.machine import cpu_count
 from gpt2.manifest import DownloadFacts, Manifest, ShardEntry, Skipped, TokenizeFacts, canonical
 from gpt2.metrics import MetricsWriter
@@ -45,21 +47,25 @@ def tokenize(stage: StageDir) -> Manifest:
     config = stage.config(TokenizeConfig)
     corpus = stage.input("corpus")
     source = corpus.facts(DownloadFacts)
+    assert corpus.manifest is not None
+    read_files = Unchanged(corpus.path, corpus.manifest)
     if source.kind in ("hub-shards", "local-shards"):
-        return adopt(stage, config, corpus.path, source.files)
+        recorded = {entry.path: entry.sha256 for entry in corpus.manifest.files}
+        return adopt(stage, config, corpus.path, source.files, recorded)
 
     reading = Reading(source.text_column or "text", config.on_bad_input)
     units, unreadable = divide([(str(corpus.path / name), name) for name in source.files], reading)
     encoder = make_encoder(stage.runtime.tokenize_backend)
     with closing(stage.metrics()) as metrics:
         whole = write_shards(
-            Folder(stage.path),
+            Folder(stage.path, read_files.digest),
             units,
             config,
             lambda first: encoded(stage, units, reading, encoder, first),
             expected_tokens(units, reading, encoder),
             metrics,
         )
+    read_files.check()
     facts = facts_of(whole, config, encoder.name, unreadable)
     manifest = stage.finish([s.path for s in whole], facts, sha256={s.path: s.sha256 for s in whole})
     (stage.path / PROGRESS).unlink(missing_ok=True)
@@ -234,13 +240,16 @@ class Reporter:
             print(f"tokenize: {sizes}, {tokens:,} tokens, {rate / 1e6:,.2f} M tokens/s, {ending}", flush=True)
 
 
-def adopt(stage: StageDir, config: TokenizeConfig, directory: Path, files: Sequence[str]) -> Manifest:
+def adopt(
+    stage: StageDir, config: TokenizeConfig, directory: Path, files: Sequence[str], recorded: Mapping[str, str]
+) -> Manifest:
     """Ready-made shards: every token is checked, and each file is linked under the name that ours would have.
 
-    Files with "_val_" in their name come first and are validation, the others training, in the order given.
+    Files with "_val_" in their name come first and are validation, the others training, in the order given. `recorded`
+    holds their sha256.
 
     Raises:
-        UserError: a damaged shard, or none for validation or for training.
+        UserError: a damaged or changed shard, or none for validation or for training.
     """
     ordered = sorted(files, key=lambda name: split_of(name) == "train")
     n_val = sum(split_of(name) == "val" for name in files)
@@ -266,7 +275,15 @@ def adopt(stage: StageDir, config: TokenizeConfig, directory: Path, files: Seque
         val_tokens=totals["val"],
         shards=tuple(entries),
     )
-    return stage.finish([entry.path for entry in entries], facts)
+    hashes = Hashes(stage.path.parent.parent).of([stage.path / entry.path for entry in entries])
+    for name, sha256 in zip(ordered, hashes, strict=True):
+        if sha256 != recorded[name]:
+            raise UserError(
+                f"{(directory / name).resolve()} was changed while the stage read it: sha256 {recorded[name]} is "
+                f"recorded, {sha256} is there; put the file back, or run again, and the change is planned"
+            )
+    paths = [entry.path for entry in entries]
+    return stage.finish(paths, facts, sha256=dict(zip(paths, hashes, strict=True)))
 
 
 def link(source: Path, target: Path) -> None:

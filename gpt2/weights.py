@@ -6,29 +6,17 @@ pad them with zeros; the names are the same.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
-from gpt2.model import GPT, LAYER_NORM_EPS
+from gpt2.model import GPT
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
-FIXED = {
-    "scale_attn_by_inverse_layer_idx": False,
-    "scale_attn_weights": True,
-    "layer_norm_epsilon": LAYER_NORM_EPS,
-    "tie_word_embeddings": True,
-    "add_cross_attention": False,
-}
-"""What config.json may say in one way only: the model computes so, whatever the file asks for. These are also Hugging
-Face's defaults. `reorder_and_upcast_attn` is not among them, as it only changes the rounding."""
 
 
 def to_hf(model: GPT) -> dict[str, Tensor]:
@@ -93,60 +81,3 @@ def load_hf(model: GPT, weights: Mapping[str, Tensor]) -> None:
 
 def _full_name(name: str) -> str:
     return name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-
-
-# ------------------------------------------------------------------------------------------------------- config.json
-
-
-def hf_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a GPT2LMHeadModel with this architecture."""
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_positions": config.block_size,
-        "n_ctx": config.block_size,
-        "vocab_size": config.vocab_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": LAYER_NORM_EPS,
-        "initializer_range": 0.02,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": config.vocab_size - 1,  # <|endoftext|> is GPT-2's last token
-        "eos_token_id": config.vocab_size - 1,
-        "tie_word_embeddings": True,
-    }
-
-
-def read_hf_config(path: Path) -> ModelConfig:
-    """The architecture that a Hugging Face config.json describes.
-
-    Raises:
-        UserError: it is missing, or describes something else than GPT-2, also a variant that computes otherwise.
-    """
-    try:
-        fields = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: a model folder holds config.json beside model.safetensors") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if fields.get("model_type") != "gpt2":
-        raise UserError(f"{path} describes a {fields.get('model_type')!r} model: only 'gpt2' can be loaded")
-    activation = fields.get("activation_function", "gelu_new")
-    if activation not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise UserError(f"{path} has activation_function {activation!r}: GPT-2's is 'gelu_new'")
-    for name, only in FIXED.items():
-        if (value := fields.get(name, only)) != only:
-            raise UserError(f"{path} has {name} {value!r}: GPT-2's is {only!r}, and only that is computed here")
-    if (inner := fields.get("n_inner")) not in (None, 4 * fields["n_embd"]):
-        raise UserError(f"{path} has n_inner {inner!r}: GPT-2's is 4 * n_embd, {4 * fields['n_embd']}")
-    return ModelConfig(
-        n_layer=fields["n_layer"],
-        n_head=fields["n_head"],
-        n_embd=fields["n_embd"],
-        block_size=fields.get("n_positions", fields.get("n_ctx", 1024)),
-        vocab_size=fields["vocab_size"],
-    )

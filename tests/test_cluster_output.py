@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from gpt2.cluster_encode import connect, encoded_on
 from gpt2.config import TokenizeConfig
 from gpt2.corpus import Reading, Unit
 from gpt2.errors import UserError
-from gpt2.shard_folder import PROGRESS, Folder, OutputFacts, RemoteFolder, file_system
+from gpt2.shard_folder import PROGRESS, Folder, OutputFacts, RemoteFolder, file_system, version_of
 from gpt2.shard_sequence import AT_ONCE, ShardSequence
 from gpt2.shards import open_shard
 
@@ -234,6 +235,59 @@ def test_no_worker_is_said(tmp_path: Path, file: Path, monkeypatch: pytest.Monke
         assert list(encoded_on(client, [unit], Reading("text"), "tiktoken", 0, str(tmp_path / "parts")))
         said = capsys.readouterr().out
         assert ("tokenize: no worker for 0 s, waiting\n" in said) == (workers == 0)
+
+
+# ------------------------------------------------------------------------------------------------------------- inputs
+
+
+def changed_in_place(file: Path) -> None:
+    """Other rows under the same name, size and mtime."""
+    stat = file.stat()
+    file.write_bytes(file.read_bytes().replace(b"abc", b"xyz"))
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_size == stat.st_size
+
+
+def test_a_finished_output_of_changed_inputs_is_refused(tmp_path: Path) -> None:
+    """Catches: "finished already" for inputs of the same name and size that hold other text, or lie elsewhere."""
+    (first := tmp_path / "one" / "a.txt").parent.mkdir()
+    first.write_text("abc def " * 2000)
+    (second := tmp_path / "two" / "a.txt").parent.mkdir()
+    shutil.copy2(first, second)
+    output = str(tmp_path / "out")
+    facts = tokenize_to(Client(), [str(first)], output, CONFIG, "text")
+    assert tokenize_to(Client(), [str(first)], output, CONFIG, "text") == facts
+    with pytest.raises(UserError, match="finished shards of other inputs"):
+        tokenize_to(Client(), [str(second)], output, CONFIG, "text")
+    changed_in_place(first)
+    with pytest.raises(UserError, match="finished shards of other inputs"):
+        tokenize_to(Client(), [str(first)], output, CONFIG, "text")
+
+
+def test_an_input_that_changes_while_it_is_read_finishes_nothing(tmp_path: Path) -> None:
+    """Catches: an output of mixed text marked as that of the later input."""
+    (text := tmp_path / "a.txt").write_text("abc def " * 2000)
+
+    class Changing(Client):
+        def submit(self, function: Callable[..., dict[str, Any]], *arguments: Any, **more: Any) -> Future:
+            changed_in_place(text)
+            return super().submit(function, *arguments, **more)
+
+    with pytest.raises(UserError, match=r"a\.txt changed while it was read"):
+        tokenize_to(Changing(), [str(text)], str(tmp_path / "out"), CONFIG, "text")
+    assert not (tmp_path / "out" / "facts.json").exists()
+
+
+def test_remote_files_are_told_apart_by_etag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: objects of the same name and size in a bucket taken for each other."""
+    system, path = file_system("memory://bucket/a.txt")
+    system.pipe_file(path, b"text")
+    info = system.info(path) | {"created": None}
+    found = []
+    for etag in ("one", "one", "two"):
+        monkeypatch.setattr(type(system), "info", lambda self, path, etag=etag: info | {"ETag": etag})
+        found.append(version_of("memory://bucket/a.txt"))
+    assert found[0] == found[1] != found[2]
 
 
 # ---------------------------------------------------------------------------------------------------------- addresses

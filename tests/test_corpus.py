@@ -301,6 +301,21 @@ def test_surrogates_as_tiktoken_treats_them(tmp_path: Path) -> None:
     assert gpt2_encoding().encode_ordinary(text) == gpt2_encoding().encode_ordinary("a\ud800b \ud83d\ude00 \udc00")
 
 
+def test_bytes_that_encode_surrogates_are_not_utf8(tmp_path: Path) -> None:
+    """Catches: text changed to U+FFFD in silence, which txt and parquet refuse. An escape in ASCII is valid JSON."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "a\xed\xa0\x80b"}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 2: not UTF-8"):
+        corpus_of(path)
+    assert corpus_of(path, SKIP) == ["one"] and [entry.rows for entry in skipped_of(path)] == [1]
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\n')
+    assert corpus_of(path) == ["one"]
+
+
 # --------------------------------------------------------------------------------------------------------------- txt
 
 

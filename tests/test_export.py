@@ -22,6 +22,7 @@ from trained_store import store_with_a_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from gpt2 import export, model_card
+from gpt2.architecture import resolve
 from gpt2.checkpoint import save_model
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
@@ -38,9 +39,9 @@ from gpt2.manifest import (
     write_model,
 )
 from gpt2.model import GPT
-from gpt2.pretrained import load_any, load_init, resolve
+from gpt2.pretrained import load_any, load_init
 from gpt2.tokenizer import gpt2_encoding
-from gpt2.weights import load_hf, to_hf
+from gpt2.weights import to_hf
 
 SIZE = {"n_layer": 2, "n_head": 4, "n_embd": 32}
 CONFIG = ModelConfig(**SIZE, block_size=64)
@@ -163,7 +164,7 @@ def test_openais_layout_is_read(tmp_path: Path) -> None:
     torch.save(bare, tmp_path / "pickled" / "pytorch_model.bin")
     for kind in ("saved", "sharded", "pickled"):
         ours = GPT(CONFIG)
-        load_hf(ours, load_init(tmp_path / kind))
+        load_init(ours, str(tmp_path / kind))
         with torch.no_grad():
             torch.testing.assert_close(ours(idx)[0], wanted, atol=1e-5, rtol=1e-5)
 
@@ -179,7 +180,7 @@ def test_a_pickle_runs_no_code(exported: Path, tmp_path: Path, monkeypatch: pyte
     (folder / "model.safetensors").unlink()
     torch.save({"wte.weight": _Evil()}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="more than weights"):
-        load_init(folder)
+        load_any(folder)
     assert not (tmp_path / "evil").exists()
 
 

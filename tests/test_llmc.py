@@ -9,9 +9,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from gpt2.architecture import is_llmc
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
-from gpt2.llmc import is_llmc, read_llmc, write_llmc
+from gpt2.llmc import read_llmc, write_llmc
 from gpt2.model import GPT
 from gpt2.pretrained import load_any
 from gpt2.weights import to_hf

@@ -32,7 +32,8 @@ def batch(seed: int = 0, B: int = 3, T: int = TINY.block_size) -> tuple[torch.Te
 def test_logits_loss_and_gradients_are_hugging_faces(model: GPT) -> None:
     """Bugs: a wrong GELU, LayerNorm eps, attention scale, missing bias, or a transposed matrix of the right shape."""
     transformers = pytest.importorskip("transformers")
-    from gpt2.weights import hf_config, to_hf
+    from gpt2.architecture import hf_config
+    from gpt2.weights import to_hf
 
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**hf_config(TINY)))
     # gains, biases and residual projections away from their initial values, or errors in them would not show

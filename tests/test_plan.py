@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Annotated, Any, get_args
 import pytest
 from pydantic import Field
 
-from gpt2.config import RunConfig
+from gpt2.architecture import hf_config
+from gpt2.config import ModelConfig, RunConfig
 from gpt2.errors import UserError
+from gpt2.file_hashes import Stamp, sha256_file
 from gpt2.manifest import Request, canonical
 from gpt2.plan import Plan, checkpoint, plan, prepare
 from gpt2.recipe import load, load_runtime
@@ -200,11 +203,28 @@ def test_checkpoint_of_an_unfinished_training_is_refused(tmp_path: Path) -> None
         checkpoint(planned(tmp_path), tmp_path)
 
 
+GPT2_124M = ModelConfig(n_layer=12, n_head=12, n_embd=768)
+
+
+def hf_folder(tmp_path: Path, **fields: object) -> Path:
+    """A Hugging Face folder of GPT-2 124M, but for `fields` of config.json; nothing reads its weights here."""
+    folder = tmp_path / "weights"
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(GPT2_124M) | fields))
+    (folder / "model.safetensors").write_bytes(b"one")
+    return folder
+
+
+def llmc_file(tmp_path: Path, config: ModelConfig) -> Path:
+    path = tmp_path / "model.bin"
+    sizes = config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd, config.padded_vocab_size
+    path.write_bytes(struct.pack("<8i", 20240326, 3, *sizes).ljust(1024, b"\0"))
+    return path
+
+
 def test_other_weights_to_begin_from_are_another_training(tmp_path: Path) -> None:
     """Hashing only the path would silently reuse a model that began from what lay there before."""
-    folder = tmp_path / "weights"
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(b"one")
+    folder = hf_folder(tmp_path)
     first = planned(tmp_path, train__init_from=str(folder))
     pinned = first.train.config["init_sha256"]
     (folder / "model.safetensors").write_bytes(b"two")
@@ -212,3 +232,51 @@ def test_other_weights_to_begin_from_are_another_training(tmp_path: Path) -> Non
     assert first.train.address != second.train.address
     with pytest.raises(UserError, match=r"train\.init_sha256 says"):
         planned(tmp_path, train__init_from=str(folder), train__init_sha256=pinned)
+
+
+@pytest.mark.parametrize("change", [{"n_head": 6}, {"n_layer": 11}, {"block_size": 512}, {"vocab_size": 50304}])
+def test_init_from_of_another_architecture_is_refused_when_planned(tmp_path: Path, change: dict[str, int]) -> None:
+    """Catches: weights of 6 heads trained as 12, whose shapes are the same; a wrong shape found after tokenization."""
+    other = GPT2_124M.model_copy(update=change)
+    theirs = {key: value for key, value in hf_config(other).items() if key.startswith(("n_", "vocab"))}
+    (name, number), ours = *change.items(), GPT2_124M.model_dump()
+    for place in (hf_folder(tmp_path, **theirs), llmc_file(tmp_path, other)):
+        with pytest.raises(UserError) as caught:
+            planned(tmp_path, train__init_from=str(place))
+        assert f"{name} {number} there and {ours[name]} here" in str(caught.value)
+        assert f"train.model.{name}={number}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("activation_function", "relu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("n_inner", 1024),
+        ("n_head", 0),
+        ("model_type", "gpt_neo"),
+    ],
+)
+def test_init_from_that_computes_otherwise_is_refused_when_planned(tmp_path: Path, field: str, value: object) -> None:
+    """Catches: a variant of GPT-2 with the same tensors trained on as if it were GPT-2."""
+    with pytest.raises(UserError, match=rf"config\.json.*{field if field != 'model_type' else value}"):
+        planned(tmp_path, train__init_from=str(hf_folder(tmp_path, **{field: value})))
+
+
+def test_init_from_of_the_same_architecture_is_planned(tmp_path: Path) -> None:
+    for place in (hf_folder(tmp_path), llmc_file(tmp_path, GPT2_124M)):
+        assert planned(tmp_path, train__init_from=str(place)).train.config["init_sha256"]
+
+
+def test_verify_hashes_what_is_remembered(tmp_path: Path) -> None:
+    """Catches: runtime.verify=true that plans with a remembered hash, and so with the address of other text."""
+    (text := tmp_path / "a.txt").write_text("text")
+    source = {"kind": "local", "paths": [str(text)]}
+    config = load("124m", {"download.source": source})
+    stamp = Stamp.of(text)._asdict()
+    (tmp_path / "hashes.json").write_text(json.dumps({str(text.resolve()): {**stamp, "sha256": "0" * 64}}))
+    remembered, verified = plan(config, tmp_path), plan(config, tmp_path, verify=True)
+    assert remembered.download.config["source"]["files"] == [["a.txt", 4, "0" * 64]]
+    assert verified.download.config["source"]["files"] == [["a.txt", 4, sha256_file(text)]]

@@ -9,8 +9,9 @@ import pytest
 
 from gpt2.config import HubFiles, HubShards, InstalledDocs, LocalFiles, LocalShards
 from gpt2.errors import UserError
+from gpt2.file_hashes import Hashes
 from gpt2.manifest import canonical
-from gpt2.sources import SHARD_FORMATS, TEXT_FORMATS, Hashes, fetch, find_local, identify
+from gpt2.sources import SHARD_FORMATS, TEXT_FORMATS, fetch, find_local, identify, known_sha256
 
 
 @pytest.fixture
@@ -56,15 +57,33 @@ def test_identity_follows_what_decides_the_tokens(corpus: Path, tmp_path: Path) 
     assert len(set(identities)) == 5
 
 
-def test_hashes_are_remembered_by_size_and_time(corpus: Path, tmp_path: Path) -> None:
-    """Catches: reading 28 GB again at each start; trusting a file whose size or time moved."""
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remember hashes of files that were just written."""
+    monkeypatch.setattr(Hashes, "RACY_NS", -3_600_000_000_000)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_hashes_are_remembered(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: reading 28 GB again at each start."""
+    path = corpus / "a.txt"
+    first = Hashes(tmp_path).of([path])
+    monkeypatch.setattr("gpt2.file_hashes.sha256_file", lambda path: pytest.fail(f"{path} was read again"))
+    assert Hashes(tmp_path).of([path]) == first
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("how", ["rewritten", "replaced"])
+def test_other_bytes_of_the_same_size_and_mtime_are_hashed_again(corpus: Path, tmp_path: Path, how: str) -> None:
+    """Catches: a file changed by a program that sets mtime back, such as cp -p or rsync -t, kept under its old hash."""
     path = corpus / "a.txt"
     stat = path.stat()
     (first,) = Hashes(tmp_path).of([path])
-    path.write_text("TEXT OF a.txt\n")
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert Hashes(tmp_path).of([path]) == [first], "the file was read again though size and time are the same"
-    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    target = path if how == "rewritten" else corpus / "new"
+    target.write_text("TEXT OF a.txt\n")
+    os.utime(target, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    target.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (stat.st_size, stat.st_mtime_ns)
     assert Hashes(tmp_path).of([path]) != [first]
 
 
@@ -197,3 +216,16 @@ def test_touched_local_files_are_still_the_same(corpus: Path, tmp_path: Path) ->
     _, hints = identify(local(tmp_path / "moved" / "a.txt"), tmp_path)
     fetch(identity, hints, directory)
     assert link.read_text() == "text of a.txt\n" and link.readlink() == tmp_path / "moved" / "a.txt"
+
+
+def test_a_local_file_that_changes_after_fetch_is_not_recorded_under_the_planned_hash(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Catches: other bytes in the manifest with the hash of those that were planned, which no later check notices."""
+    identity, hints = identify(local(corpus / "*.txt"), tmp_path)
+    directory = tmp_path / "download" / "abc"
+    linked = fetch(identity, hints, directory)
+    assert list(known_sha256(identity, directory)) == linked
+    settled(corpus / "b.txt", "TEXT OF b.txt\n")
+    with pytest.raises(UserError, match=r"b\.txt changed since the run was planned"):
+        known_sha256(identity, directory)

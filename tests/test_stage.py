@@ -17,6 +17,7 @@ from gpt2 import version
 from gpt2.atomic import atomic_write, write_text
 from gpt2.config import Runtime
 from gpt2.errors import UserError
+from gpt2.file_hashes import Hashes, Stamp
 from gpt2.manifest import (
     BenchmarkFacts,
     Damaged,
@@ -268,13 +269,25 @@ def test_problems_name_what_changed(tmp_path: Path) -> None:
     assert "sha256" in problems[2]
 
 
-def test_a_flipped_byte_with_its_old_time_is_seen_when_asked_to_look_deep(tmp_path: Path) -> None:
+def test_a_change_with_its_old_size_and_mtime_is_seen(tmp_path: Path) -> None:
+    """Catches: a file replaced by cp -p or rsync -t used as if it were the recorded one."""
     path = directory(tmp_path)
     write_text(path / "a", "abc")
     manifest = StageDir(path).finish(["a"], FACTS)
     times = (path / "a").stat()
     (path / "a").write_text("abd")
     os.utime(path / "a", ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert len(manifest.problems(path)) == 1
+
+
+def test_a_flipped_byte_that_left_no_trace_is_seen_when_asked_to_look_deep(tmp_path: Path) -> None:
+    """A disk changes bytes, never ctime; here the record says that nothing was touched."""
+    path = directory(tmp_path)
+    write_text(path / "a", "abc")
+    manifest = StageDir(path).finish(["a"], FACTS)
+    (path / "a").write_text("abd")
+    entry = manifest.files[0].model_copy(update=Stamp.of(path / "a")._asdict())
+    manifest = manifest.model_copy(update={"files": (entry,)})
     assert manifest.problems(path) == []
     assert len(manifest.problems(path, deep=True)) == 1
 
@@ -300,6 +313,29 @@ def test_a_manifest_of_another_version_is_an_error_that_names_both(
     assert ended.value.code == 2
     assert json.loads((path / "manifest.json").read_text())["new_field"] == 1
     assert (path / "result").read_text() == "tokens"
+
+
+def test_a_manifest_without_inode_and_ctime_is_judged_by_mtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: the store of an earlier version refused, or read whole at each start."""
+    path = directory(tmp_path)
+    write_text(path / "a", "abc")
+    finished = StageDir(path).finish(["a"], FACTS)
+    text = finished.model_dump_json(exclude={"files": {"__all__": {"inode", "ctime_ns"}}})
+    assert "inode" not in text
+    monkeypatch.setattr("gpt2.file_hashes.sha256_file", lambda path: pytest.fail(f"{path} was read"))
+    assert Manifest.model_validate_json(text).problems(path) == []
+
+
+def test_a_copied_store_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: every file of a copied store read again at each start, as its inodes are never the recorded ones."""
+    monkeypatch.setattr(Hashes, "RACY_NS", -3_600_000_000_000)
+    path = directory(tmp_path / "store")
+    write_text(path / "a", "abc")
+    manifest = StageDir(path).finish(["a"], FACTS)
+    copy = shutil.copytree(tmp_path / "store", tmp_path / "copy") / path.relative_to(tmp_path / "store")
+    assert manifest.problems(copy) == []
+    monkeypatch.setattr("gpt2.file_hashes.sha256_file", lambda path: pytest.fail(f"{path} was read again"))
+    assert manifest.problems(copy) == []
 
 
 def test_a_torn_record_is_not_taken_for_another_version(tmp_path: Path) -> None:

@@ -20,10 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 from corpus_stages import expected, stream, tokenize_stage
 
+from gpt2 import tokenize as tokenize_module
 from gpt2.errors import UserError
 from gpt2.manifest import TokenizeFacts, sha256_file
 from gpt2.metrics import read_metrics
 from gpt2.shard_folder import PROGRESS
+from gpt2.shard_sequence import ShardSequence
 from gpt2.shards import ShardWriter, open_shard
 from gpt2.stage import StageDir
 from gpt2.tokenize import tokenize
@@ -229,13 +231,84 @@ def test_whole_shards_are_kept_and_damaged_ones_made_again(tmp_path: Path, littl
     assert kept == {"fineweb_val_000000.bin", *(f"fineweb_train_00000{number}.bin" for number in (1, 2, 3))}
 
 
-def test_another_division_starts_over(tmp_path: Path) -> None:
+def interrupted(monkeypatch: pytest.MonkeyPatch, stage: StageDir, writes: int) -> None:
+    """Tokenize until `writes` parts are written."""
+    write, done = ShardSequence.write, iter(range(writes))
+
+    def fail_in_the_middle(*arguments: Any) -> None:
+        if next(done, None) is None:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardSequence, "write", fail_in_the_middle)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(stage)
+    assert json.loads((stage.path / PROGRESS).read_text())["shards"]
+
+
+def test_another_division_starts_over(tmp_path: Path, little_units: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches going on in the middle of units that are not the ones whose tokens were written."""
     rows = texts(300)
-    stage = tokenize_stage(tmp_path, [parquet(tmp_path / "a.parquet", [*rows, None])], shard_tokens=1500)
-    with pytest.raises(UserError, match="null"):
+    stage = tokenize_stage(tmp_path, [parquet(tmp_path / "a.parquet", rows, 20)], shard_tokens=1500)
+    interrupted(monkeypatch, stage, writes=8)
+    monkeypatch.setattr("gpt2.corpus_parquet.UNIT_BYTES", 9000)
+    tokenize(stage)
+    assert stream(stage) == expected(rows)
+
+
+def rewrite(path: Path, content: bytes) -> None:
+    """Other content under the old size and mtime."""
+    stat = path.stat()
+    assert len(content) == stat.st_size
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def jsonl_of(rows: list[str]) -> bytes:
+    return "".join(json.dumps({"text": row}) + "\n" for row in rows).encode()
+
+
+def test_a_corpus_that_changes_after_download_is_refused(tmp_path: Path) -> None:
+    """Catches: other text tokenized under the address of the planned text."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl_of(texts(50)))
+    stage = tokenize_stage(tmp_path, [path], val_tokens=100)
+    rewrite(path, path.read_bytes().replace(b"o", b"a"))
+    with pytest.raises(UserError, match=r"a\.jsonl: its sha256 is not the manifest's"):
         tokenize(stage)
-    parquet(tmp_path / "a.parquet", rows, row_group_size=70)
+
+
+@pytest.mark.parametrize("ends", ["whole", "killed"])
+def test_a_corpus_that_changes_while_it_is_read_and_is_restored_gives_no_shards(
+    tmp_path: Path, little_units: None, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Catches: shards of the other text kept or recorded, as all hashes agree again when the stage ends."""
+    path, rows = tmp_path / "a.jsonl", texts(300)
+    path.write_bytes(jsonl_of(rows))
+    stage = tokenize_stage(tmp_path, [path], shard_tokens=1500)
+
+    def change(*arguments: Any) -> int:
+        rewrite(path, jsonl_of([row.replace(" ", "-") for row in rows]))
+        return 10_000
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt2.tokenize.expected_tokens", change)
+        if ends == "killed":
+            interrupted(patch, stage, writes=8)
+            rewrite(path, jsonl_of(rows))
+        else:
+            write_shards = tokenize_module.write_shards
+
+            def restore(*arguments: Any) -> Any:
+                whole = write_shards(*arguments)
+                rewrite(path, jsonl_of(rows))
+                return whole
+
+            patch.setattr("gpt2.tokenize.write_shards", restore)
+            with pytest.raises(UserError, match=r"a\.jsonl was changed while the stage read it"):
+                tokenize(stage)
+            assert stage.manifest is None
     tokenize(stage)
     assert stream(stage) == expected(rows)
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpt2.architecture import hf_config, read_hf_config
 from gpt2.checkpoint import load_model, save_model
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
 from gpt2.model import GPT
-from gpt2.weights import hf_config, load_hf, read_hf_config, to_hf
+from gpt2.weights import load_hf, to_hf
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=16, block_size=8, vocab_size=130)
 
