@@ -9,7 +9,8 @@ class Stage(Section):
     name: str
     version: int
     """Bump with the bytes: an edit that changes what the stage writes must change its addresses. Tests of golden
-    bytes fail where it is forgotten: of the shards, of every benchmark's reader and prompt, and of the report."""
+    values fail where it is forgotten: of the shards, of every benchmark's reader and prompt, of training's data order,
+    losses and weights, of evaluation's scores, and of the report."""
     module: str
     """started as `python -m <module> <directory>`"""
     parallel: bool

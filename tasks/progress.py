@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
@@ -128,6 +128,40 @@ class Display(Protocol):
     def show(self, progress: Progress) -> None: ...
 
     def close(self, progress: Progress, finished: bool) -> None: ...
+
+
+class Watch:
+    """Reads a stage's progress and shows it in several places. An exception there must not end the stage: whatever
+    raises one is logged and left out from then on."""
+
+    def __init__(
+        self, metrics: Path, displays: Iterable[Display], logger: logging.Logger | logging.LoggerAdapter[Any]
+    ) -> None:
+        self._progress = Progress(metrics)
+        self._readable = True
+        self._displays = list(displays)
+        self._logger = logger
+
+    def look(self) -> None:
+        try:
+            new = self._readable and self._progress.look()
+        except Exception as error:
+            self._logger.warning("progress is not shown any more: %s: %s", type(error).__name__, error)
+            self._readable = new = False
+        if new:
+            self._each(lambda display: display.show(self._progress))
+
+    def close(self, finished: bool) -> None:
+        self._each(lambda display: display.close(self._progress, finished))
+
+    def _each(self, call: Callable[[Display], None]) -> None:
+        for display in tuple(self._displays):
+            try:
+                call(display)
+            except Exception as error:
+                kind = type(display).__name__
+                self._logger.warning("progress is not shown by %s any more: %s: %s", kind, type(error).__name__, error)
+                self._displays.remove(display)
 
 
 class LogLines:

@@ -33,7 +33,7 @@ from gpt2.stage import StageDir
 from gpt2.stages import STAGES
 from tasks import launch
 from tasks.gpu_locks import gpus_held
-from tasks.progress import Artifact, Bar, Display, LogLines, Progress
+from tasks.progress import Artifact, Bar, Display, LogLines, Watch
 
 RESULTS = Path(".prefect") / "results"
 
@@ -118,14 +118,7 @@ def run_stage(request: Request, runtime: Runtime, inputs: tuple[Manifest, ...] =
     if stage.parallel and runtime.nodes > 1:
         logger.info("start the same command on each of the other %d nodes", runtime.nodes - 1)
 
-    progress = Progress(directory / METRICS)
-    displays = _displays(request, logger)
-
-    def look() -> None:
-        if progress.look():
-            for display in displays:
-                display.show(progress)
-
+    watch = Watch(directory / METRICS, _displays(request, logger), logger)
     finished = False
     gpus = launch.processes(stage, runtime) if stage.parallel and runtime.gpus != 0 and gpu_names() else 0
     what = f"{request.address} in {runtime.store}"
@@ -135,15 +128,14 @@ def run_stage(request: Request, runtime: Runtime, inputs: tuple[Manifest, ...] =
                 launch.command(stage, directory, runtime),
                 env=launch.environment(stage, runtime),
                 on_line=lambda line: logger.info("%s", line),
-                on_tick=look,
+                on_tick=watch.look,
                 keep_open=locks,
             )
         finished = True
     except launch.StageFailed as failed:
         raise type(failed)(f"{_short(request)}: {failed}") from None
     finally:
-        for display in displays:
-            display.close(progress, finished)
+        watch.close(finished)
     if not (directory / MANIFEST).exists():
         raise launch.StageCrashed(f"{_short(request)}: it ended without an error and without {directory / MANIFEST}")
     return read_model(directory / MANIFEST, Manifest)
@@ -234,10 +226,10 @@ class StageTask:
 
 
 download = StageTask("download", retries=2)
-tokenize = StageTask("tokenize")
+tokenize = StageTask("tokenize", retries=1)
 benchmark = StageTask("benchmark", retries=2)
 pretrained = StageTask("pretrained", retries=2)
 train = StageTask("train", retries=1)
 evaluate = StageTask("evaluate", retries=1)
 harness = StageTask("harness", retries=1)
-report = StageTask("report")
+report = StageTask("report", retries=1)

@@ -18,9 +18,10 @@ from prefect.artifacts import Artifact as PrefectArtifact
 from gpt2.config import Runtime
 from gpt2.manifest import MANIFEST, Manifest, OtherVersion, Request, read_model
 from gpt2.metrics import MetricsWriter, cut_after_step
+from gpt2.stages import STAGES
 from tasks import stage as stages
 from tasks.launch import StageCrashed, StageFailed
-from tasks.progress import Bar, LogLines, Progress, Tail, duration, pace
+from tasks.progress import Bar, LogLines, Progress, Tail, Watch, duration, pace
 
 pytestmark = pytest.mark.slow  # a Prefect server
 
@@ -163,11 +164,71 @@ def test_a_users_error_is_not_tried_again(store: Path, prefect_server: None, fak
 def test_a_crash_is_tried_again(
     store: Path, prefect_server: None, fake_stages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network that fails once in the night must not cost the night."""
-    monkeypatch.setattr(stages.download._task, "retry_delay_seconds", 0)
-    fake_stages(download="crash once")
-    assert two_stages(store)["download"] == "Completed"
-    assert sessions(store, DOWNLOAD) == 2
+    """A network that fails once in the night, or a worker that runs out of memory, must not cost the night."""
+    for task in (stages.download, stages.tokenize):
+        monkeypatch.setattr(task._task, "retry_delay_seconds", 0)
+    fake_stages(download="crash once", tokenize="crash once")
+    assert set(two_stages(store).values()) == {"Completed"}
+    assert sessions(store, DOWNLOAD) == sessions(store, TOKENIZE) == 2
+
+
+def test_every_stage_tries_a_crash_again() -> None:
+    """Bug: a stage that was added, or report, without a retry."""
+    tasks = {name: task for name, task in vars(stages).items() if isinstance(task, stages.StageTask)}
+    assert tasks.keys() == STAGES.keys() and all(task._task.retries for task in tasks.values())
+
+
+class Broken:
+    """A display that fails."""
+
+    def __init__(self, where: str) -> None:
+        self.where, self.calls = where, 0
+
+    def show(self, progress: Progress) -> None:
+        self._call("show")
+
+    def close(self, progress: Progress, finished: bool) -> None:
+        self._call("close")
+
+    def _call(self, where: str) -> None:
+        self.calls += 1
+        if where == self.where:
+            raise KeyError("a bug in the bar")
+
+
+@pytest.mark.parametrize("where", ["show", "close"])
+def test_an_exception_while_showing_progress_does_not_end_the_stage(
+    where: str, store: Path, prefect_server: None, fake_stages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: a training of days ends for a bug in its progress bar, and is not retried."""
+    made: list[Broken] = []
+
+    def displays(*arguments: Any) -> list[Broken]:
+        made.append(Broken(where))
+        return made[-1:]
+
+    monkeypatch.setattr(stages, "_displays", displays)
+    monkeypatch.setattr(Watch, "look", lambda watch: watch._each(lambda display: display.show(watch._progress)))
+    assert set(two_stages(store).values()) == {"Completed"}
+    assert sessions(store, DOWNLOAD) == sessions(store, TOKENIZE) == 1
+    assert where == "close" or [display.calls for display in made] == [1, 1]  # not asked again
+
+
+def test_a_metrics_file_that_cannot_be_read_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Bug: an exception, or a warning every half second for days."""
+    (tmp_path / "metrics.jsonl").mkdir()
+    watch = Watch(tmp_path / "metrics.jsonl", [], logging.getLogger("x"))
+    for _ in range(3):
+        watch.look()
+    watch.close(finished=True)
+    assert len(caplog.messages) == 1 and "IsADirectoryError" in caplog.messages[0]
+
+
+def test_a_damaged_line_is_passed_over(tmp_path: Path) -> None:
+    """Bug: one changed byte in metrics.jsonl raises an exception in all that show it."""
+    line = b'{"time": 1.0, "step": %d}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(line % 1 + b"[" + line % 2 + b"\xff" + line % 3 + b"17\n{}\n" + line % 4)
+    assert [found["step"] for found in Tail(tmp_path / "metrics.jsonl").lines()] == [1, 4]
 
 
 def test_a_stage_that_another_process_works_on_is_waited_for(
