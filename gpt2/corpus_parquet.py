@@ -36,6 +36,11 @@ def divide(path: str, name: str, reading: Reading, bad: BadInput) -> list[Unit]:
         bad.add(name, f"not a readable parquet file: {_one_line(error)}", "its footer", rows=0)
         return []
     schema = file.schema_arrow
+    if (same := len(_leaves(file, reading.column))) > 1:
+        raise UserError(
+            f"{name} has {same} columns that {reading.column!r} may mean (a name that comes twice, or a field of a "
+            f"struct): rename all but one, or set text_column to another"
+        )
     if reading.column not in schema.names:
         have = ", ".join(schema.names)
         raise UserError(f"{name} has no column {reading.column!r}; it has {have}: set text_column to one of these")
@@ -108,10 +113,16 @@ def _open(path: str, name: str) -> pq.ParquetFile:
     return file
 
 
+def _leaves(file: pq.ParquetFile, column: str) -> list[int]:
+    """Indices of the stored columns with that path: a field b of a struct a has the path "a.b"."""
+    schema = file.metadata.schema
+    return [index for index in range(len(schema)) if schema.column(index).path == column]
+
+
 def _sizes(file: pq.ParquetFile, column: str) -> list[int]:
     """Bytes of the column in each row group, before compression."""
     meta = file.metadata
-    leaf = next(index for index in range(meta.num_columns) if meta.schema.column(index).path == column)
+    leaf = _leaves(file, column)[0]
     return [meta.row_group(group).column(leaf).total_uncompressed_size for group in range(meta.num_row_groups)]
 
 

@@ -173,6 +173,17 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         divide([(str(path), "a.parquet")], Reading("id"))
 
 
+def test_columns_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    """Catches: a traceback from Arrow, or the text of another column."""
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    struct = pa.table({"a": [{"b": "x"}], "a.b": ["y"]})
+    for name, table, column in (("twice", twice, "text"), ("struct", struct, "a.b")):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(table, path)
+        with pytest.raises(UserError, match=rf"{name}\.parquet has 2 columns .*'{re.escape(column)}'.*text_column"):
+            divide([(str(path), path.name)], Reading(column))
+
+
 def test_a_batch_is_as_large_as_its_text(tmp_path: Path) -> None:
     """Catches: rows counted by their size in the file, where a text that comes often is there once: 200 MB at once out
     of a file of 19 kB. And short rows left in batches as small as the first."""
