@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2.corpus import BATCH_BYTES, UNIT_BYTES, BadInput, Batch, Reading, Unit, open_raw, raise_if_passing
@@ -82,7 +83,7 @@ def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
                 min(wanted, most), row_groups=[group], columns=[reading.column], use_threads=False
             )
             for record in records:
-                array = _text(record.column(0), unit.name, group, done, bad)
+                array = _text(record.column(0), reading, unit.name, group, done, bad)
                 done += record.num_rows
                 batch = _batch(array, skipped=bad.take())
                 text, even = int(batch.offsets[-1] - batch.offsets[0]), size * record.num_rows // rows
@@ -126,7 +127,7 @@ def _sizes(file: pq.ParquetFile, column: str) -> list[int]:
     return [meta.row_group(group).column(leaf).total_uncompressed_size for group in range(meta.num_row_groups)]
 
 
-def _text(array: pa.Array, name: str, group: int, row: int, bad: BadInput) -> pa.Array:
+def _text(array: pa.Array, reading: Reading, name: str, group: int, row: int, bad: BadInput) -> pa.Array:
     """The usable rows as a string or large_string array; `row` is the first one's number in its row group."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -140,6 +141,13 @@ def _text(array: pa.Array, name: str, group: int, row: int, bad: BadInput) -> pa
         place = f"row group {group}, row {numbers[~valid][0]}"
         bad.add(name, "null instead of text", place, row_group=group, rows=array.null_count)
         numbers, array = numbers[valid], array.drop_null()
+    if reading.max_document_bytes is not None:
+        lengths = pc.binary_length(array).to_numpy(zero_copy_only=False)
+        long = lengths > reading.max_document_bytes
+        if long.any():
+            place = f"row group {group}, row {numbers[long][0]} with {lengths[long][0]:,} bytes of text"
+            bad.add(name, reading.too_long(), place, row_group=group, rows=int(long.sum()))
+            numbers, array = numbers[~long], array.filter(pa.array(~long))
     try:
         array.validate(full=True)  # Arrow takes a file's word for it that its text is UTF-8
         return array

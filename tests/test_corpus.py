@@ -120,7 +120,7 @@ def test_rows_that_are_not_utf8(tmp_path: Path) -> None:
     raw = pa.array([b"good", None, b"bad \xff\xfe", b"cut \xe6\x9d", b"fine \xc3\xa9"])
     path = write(tmp_path / "a.parquet", raw.view(pa.string()))
     with pytest.raises(UserError, match="row group 0, row 2: not UTF-8"):
-        list(corpus_parquet._text(raw.drop_null().view(pa.string()), "x", 0, 1, corpus.BadInput("error")))
+        list(corpus_parquet._text(raw.drop_null().view(pa.string()), TEXT, "x", 0, 1, corpus.BadInput("error")))
     assert corpus_of(path, SKIP) == ["good", "fine é"]
     assert [(s.rows, s.reason) for s in skipped_of(path)] == [
         (1, "null instead of text; first at row group 0, row 1"),
