@@ -219,14 +219,17 @@ def default_text(folder: Path) -> Path:
     return path
 
 
-def compare(files: list[Path], scratch: Path, workers: int, repeat: int, shard_tokens: int = 10_000_000) -> str:
+def compare(files: list[Path], scratch: Path, workers: int, repeat: int, shard_tokens: int | None = None) -> str:
     """Run both sides and describe them in Markdown.
+
+    Args:
+        shard_tokens: None: as many as leave several shards of this text, 10 million at most.
 
     Raises:
         UserError: a side failed, or their shards differ.
     """
-    config = TokenizeConfig(shard_tokens=shard_tokens)
     text_bytes = sum(text_size(file) for file in files)
+    config = TokenizeConfig(shard_tokens=shard_tokens or min(10_000_000, max(1, text_bytes // 20)))  # 4 to 5 bytes each
     gpt2_encoding()
     names = [str(file.absolute()) for file in files]
     arguments = json.dumps([names, str(scratch / "plain"), str(scratch / "cache"), workers, config.shard_tokens])

@@ -128,6 +128,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     keep_compiled()
     world = from_env()
+    if world.is_main and world.device.type != "cuda":
+        print("warning: torch finds no GPU, so this measures the CPU; nvidia-smi lists the GPUs", file=sys.stderr)
     show = print_figures if world.is_main else lambda figures: None
     figures: dict[str, float] = {}
     if arguments.steps:

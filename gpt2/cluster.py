@@ -76,7 +76,7 @@ def tokenize_to(
     """
     from gpt2.tokenize import expected_tokens, facts_of, plan_of, write_shards
 
-    reading = Reading(column, config.on_bad_input)
+    reading = Reading(column, config.on_bad_input, config.max_document_bytes)
     paths = expand(inputs)
     versions = [version_of(path) for path in paths]
     units, unreadable = divide([(path, path.rsplit("/", 1)[-1]) for path in paths], reading)
@@ -114,11 +114,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--column", default="text")
     parser.add_argument("--prefix", default="fineweb")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000)
+    parser.add_argument("--val-tokens", type=int, help="of the validation shard; default: --shard-tokens")
+    parser.add_argument("--max-document-bytes", type=int, help="a longer row or line is bad input")
     parser.add_argument("--skip-bad-input", action="store_true")
     options = parser.parse_args(arguments)
     config = TokenizeConfig(
         prefix=options.prefix,
         shard_tokens=options.shard_tokens,
+        val_tokens=options.val_tokens,
+        max_document_bytes=options.max_document_bytes,
         on_bad_input="skip" if options.skip_bad_input else "error",
     )
     with connect(options.scheduler) as client:

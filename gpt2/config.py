@@ -59,6 +59,10 @@ class TokenizeConfig(Section):
         Literal["error", "skip"],
         Field(description="a row group that cannot be read, a null or non-string row: stop, or skip and list it"),
     ] = "error"
+    max_document_bytes: Annotated[
+        PositiveInt | None,
+        Field(description="of UTF-8 in a parquet row or a jsonl line; a longer one is bad input. txt is read in parts"),
+    ] = None
 
 
 # --------------------------------------------------------------------------------------------------------- training

@@ -49,6 +49,12 @@ class Reading(NamedTuple):
 
     column: str
     on_bad_input: Literal["error", "skip"] = "error"
+    max_document_bytes: int | None = None
+    """of a parquet row or a jsonl line, which are held whole"""
+
+    def too_long(self) -> str:
+        """The reason that is given for a longer document."""
+        return f"longer than tokenize.max_document_bytes={self.max_document_bytes:,}"
 
 
 class Unit(Section):

@@ -170,7 +170,7 @@ def read_jsonl(unit: Unit, reading: Reading) -> Iterator[Batch]:
                 line = file.readline()
                 if not line:
                     break
-                document = _field(line, reading.column, unit, position, bad)
+                document = _field(line, reading, unit, position, bad)
                 position += len(line)
                 if document is not None:
                     documents.append(document)
@@ -189,8 +189,9 @@ def _record(line: bytes) -> Any:
     return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
 
 
-def _field(line: bytes, column: str, unit: Unit, position: int, bad: BadInput) -> bytes | None:
+def _field(line: bytes, reading: Reading, unit: Unit, position: int, bad: BadInput) -> bytes | None:
     """One line's document as UTF-8, or None for an empty line or one that cannot be used."""
+    column, limit = reading.column, reading.max_document_bytes
     try:
         record = _record(line)
         text = record.get(column, record)  # the record itself stands for "not there"
@@ -205,7 +206,12 @@ def _field(line: bytes, column: str, unit: Unit, position: int, bad: BadInput) -
         reason = f"{type(record).__name__} instead of an object"
     else:
         if isinstance(text, str):
-            return utf8(text)
+            document = utf8(text)
+            if limit is None or len(document) <= limit:
+                return document
+            place = f"{_line_number(unit, position)} with {len(document):,} bytes of text"
+            bad.add(unit.name, reading.too_long(), place)
+            return None
         what = "null" if text is None else type(text).__name__
         reason = f"no field {column!r}" if text is record else f"{what} instead of text"
     bad.add(unit.name, reason, lambda: _line_number(unit, position))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2.corpus import BATCH_BYTES, UNIT_BYTES, BadInput, Batch, Reading, Unit, open_raw, raise_if_passing
@@ -36,6 +37,11 @@ def divide(path: str, name: str, reading: Reading, bad: BadInput) -> list[Unit]:
         bad.add(name, f"not a readable parquet file: {_one_line(error)}", "its footer", rows=0)
         return []
     schema = file.schema_arrow
+    if (same := len(_leaves(file, reading.column))) > 1:
+        raise UserError(
+            f"{name} has {same} columns that {reading.column!r} may mean (a name that comes twice, or a field of a "
+            f"struct): rename all but one, or set text_column to another"
+        )
     if reading.column not in schema.names:
         have = ", ".join(schema.names)
         raise UserError(f"{name} has no column {reading.column!r}; it has {have}: set text_column to one of these")
@@ -77,7 +83,7 @@ def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
                 min(wanted, most), row_groups=[group], columns=[reading.column], use_threads=False
             )
             for record in records:
-                array = _text(record.column(0), unit.name, group, done, bad)
+                array = _text(record.column(0), reading, unit.name, group, done, bad)
                 done += record.num_rows
                 batch = _batch(array, skipped=bad.take())
                 text, even = int(batch.offsets[-1] - batch.offsets[0]), size * record.num_rows // rows
@@ -108,14 +114,20 @@ def _open(path: str, name: str) -> pq.ParquetFile:
     return file
 
 
+def _leaves(file: pq.ParquetFile, column: str) -> list[int]:
+    """Indices of the stored columns with that path: a field b of a struct a has the path "a.b"."""
+    schema = file.metadata.schema
+    return [index for index in range(len(schema)) if schema.column(index).path == column]
+
+
 def _sizes(file: pq.ParquetFile, column: str) -> list[int]:
     """Bytes of the column in each row group, before compression."""
     meta = file.metadata
-    leaf = next(index for index in range(meta.num_columns) if meta.schema.column(index).path == column)
+    leaf = _leaves(file, column)[0]
     return [meta.row_group(group).column(leaf).total_uncompressed_size for group in range(meta.num_row_groups)]
 
 
-def _text(array: pa.Array, name: str, group: int, row: int, bad: BadInput) -> pa.Array:
+def _text(array: pa.Array, reading: Reading, name: str, group: int, row: int, bad: BadInput) -> pa.Array:
     """The usable rows as a string or large_string array; `row` is the first one's number in its row group."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
@@ -129,6 +141,13 @@ def _text(array: pa.Array, name: str, group: int, row: int, bad: BadInput) -> pa
         place = f"row group {group}, row {numbers[~valid][0]}"
         bad.add(name, "null instead of text", place, row_group=group, rows=array.null_count)
         numbers, array = numbers[valid], array.drop_null()
+    if reading.max_document_bytes is not None:
+        lengths = pc.binary_length(array).to_numpy(zero_copy_only=False)
+        long = lengths > reading.max_document_bytes
+        if long.any():
+            place = f"row group {group}, row {numbers[long][0]} with {lengths[long][0]:,} bytes of text"
+            bad.add(name, reading.too_long(), place, row_group=group, rows=int(long.sum()))
+            numbers, array = numbers[~long], array.filter(pa.array(~long))
     try:
         array.validate(full=True)  # Arrow takes a file's word for it that its text is UTF-8
         return array

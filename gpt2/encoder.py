@@ -46,10 +46,13 @@ def encode_unit(unit: Unit, reading: Reading, encoder: Encoder) -> Iterator[Enco
         UserError: input that cannot be used (corpus.read), or an encoder that went wrong.
     """
     for batch in read(unit, reading):
-        consumed, skipped = batch.consumed, tuple(batch.skipped)
-        for part in slices(batch):
-            yield Encoded(encoder.encode(part), consumed, skipped)
-            consumed, skipped = 0, ()
+        size, skipped = int(batch.offsets[-1] - batch.offsets[0]), tuple(batch.skipped)
+        done = told = 0
+        for part in slices(batch):  # progress goes on within a long document
+            done += int(part.offsets[-1] - part.offsets[0])
+            consumed = batch.consumed * done // size if size else batch.consumed
+            yield Encoded(encoder.encode(part), consumed - told, skipped)
+            told, skipped = consumed, ()
 
 
 class TiktokenEncoder:

@@ -81,6 +81,11 @@ def run_harness(
         samples: dict[str, list[dict[str, Any]]] = {}
         skipped: dict[str, str] = {}
         for task in tasks:
+            where = (data or {}).get(
+                task,
+                "the Hugging Face Hub (its client retries where it does not answer; HF_HUB_OFFLINE=1 does not ask)",
+            )
+            print(f"harness: {task}, examples from {where}", file=sys.stderr, flush=True)
             try:
                 spec = _with_data(harness, task, (data or {})[task], Path(scratch)) if task in (data or {}) else task
                 found = harness.simple_evaluate(

@@ -111,8 +111,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
     if (folder / PICKLED).exists():
         try:  # weights_only: a pickle from elsewhere must not run code
             return torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        except (pickle.UnpicklingError, RuntimeError, EOFError):
+            # without torch's own text, which says how to load it all the same
             raise UserError(
-                f"{folder / PICKLED} is damaged, or more than weights: {str(error).splitlines()[0]}"
-            ) from error
+                f"{folder / PICKLED} is damaged, or holds more than weights, such as code, and is not loaded: take a "
+                f"copy of the model as {WEIGHTS}"
+            ) from None
     raise UserError(f"{folder} has a {MODEL_CONFIG} but no {WEIGHTS}: copy the weights beside it")

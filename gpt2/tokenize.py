@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -53,7 +54,7 @@ def tokenize(stage: StageDir) -> Manifest:
         recorded = {entry.path: entry.sha256 for entry in corpus.manifest.files}
         return adopt(stage, config, corpus.path, source.files, recorded)
 
-    reading = Reading(source.text_column or "text", config.on_bad_input)
+    reading = Reading(source.text_column or "text", config.on_bad_input, config.max_document_bytes)
     units, unreadable = divide([(str(corpus.path / name), name) for name in source.files], reading)
     encoder = make_encoder(stage.runtime.tokenize_backend)
     with closing(stage.metrics()) as metrics:
@@ -92,11 +93,13 @@ def write_shards(
     val_tokens = config.val_tokens or config.shard_tokens
     shards = ShardSequence(folder, config.prefix, plan_of(units, config), val_tokens, config.shard_tokens)
     try:
+        if 0 < expected < val_tokens / 2:  # an estimate; facts_of counts
+            raise UserError(too_little(f"about {expected:,}", val_tokens))
         check_space(folder, expected, shards.tokens)
-        progress = Reporter(metrics, units, shards)
-        for index, part in parts(shards.start.unit):
-            shards.write(index, part.tokens, part.skipped)
-            progress.add(index, part.consumed)
+        with Reporter(metrics, units, shards) as progress:
+            for index, part in parts(shards.start.unit):
+                shards.write(index, part.tokens, part.skipped)
+                progress.add(index, part.consumed)
         whole = shards.finish(len(units))
         progress.report(len(units), last=True)
         return whole
@@ -117,10 +120,7 @@ def facts_of(
     val_tokens = config.val_tokens or config.shard_tokens
     total = sum(shard.tokens for shard in whole)
     if total <= val_tokens:
-        raise UserError(
-            f"the corpus has {total:,} tokens and the validation shard alone takes {val_tokens:,} "
-            f"(tokenize.val_tokens), which leaves nothing to train on: give more text or lower tokenize.val_tokens"
-        )
+        raise UserError(too_little(f"{total:,}", val_tokens))
     return TokenizeFacts(
         tokenizer=config.tokenizer,
         backend=backend,
@@ -132,11 +132,19 @@ def facts_of(
     )
 
 
+def too_little(tokens: str, val_tokens: int) -> str:
+    return (
+        f"the corpus has {tokens} tokens and the validation shard alone takes {val_tokens:,}, which leaves nothing to "
+        f"train on: give more text or lower val_tokens (tokenize.val_tokens of a recipe, --val-tokens of gpt2.cluster)"
+    )
+
+
 def plan_of(units: Sequence[Unit], config: TokenizeConfig) -> str:
     """Fingerprint of the units and of how they become shards: whole shards of an earlier run are kept if it is the
     same. Where the files lie is no part of it."""
     parts = [unit.model_dump(exclude={"path"}) for unit in units]
-    return hashlib.sha256(canonical([parts, config.model_dump()]).encode()).hexdigest()
+    settings = config.model_dump(exclude={"max_document_bytes"} if config.max_document_bytes is None else None)
+    return hashlib.sha256(canonical([parts, settings]).encode()).hexdigest()
 
 
 def encoded(
@@ -202,16 +210,20 @@ def _size(n_bytes: int) -> str:
 
 
 class Reporter:
-    """Progress to metrics.jsonl every second or so and to the terminal every few, in bytes of input."""
+    """Progress to metrics.jsonl every second or so and to the terminal every few, in bytes of input. As a context, it
+    also says when nothing comes for long: text without a place to cut is encoded as a whole."""
 
-    METRICS_SECONDS, PRINT_SECONDS = 1.0, 5.0
+    METRICS_SECONDS, PRINT_SECONDS, QUIET_SECONDS = 1.0, 5.0, 10.0
 
     def __init__(self, metrics: MetricsWriter | None, units: Sequence[Unit], shards: ShardSequence) -> None:
         self._metrics, self._shards = metrics, shards
         self._total = sum(unit.size for unit in units)
         self._done = sum(unit.size for unit in units[: shards.start.unit])
         self._before, self._tokens_before = self._done, shards.tokens
-        self._started = self._last_metrics = self._last_print = time.monotonic()
+        self._started = self._last_metrics = self._last_print = self._last_part = time.monotonic()
+        self._unit, self._names = shards.start.unit, [unit.name for unit in units]
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="progress", daemon=True)
         if shards.shards:
             kept = f"{len(shards.shards)} whole shards of an earlier run are kept, {shards.tokens:,} tokens"
             print(f"tokenize: {kept}", flush=True)
@@ -219,8 +231,28 @@ class Reporter:
     def add(self, unit: int, consumed: int) -> None:
         """Take note of `consumed` more bytes, in unit `unit`."""
         self._done += consumed
+        self._unit, self._last_part = unit, time.monotonic()
         if time.monotonic() - self._last_metrics >= self.METRICS_SECONDS:
             self.report(unit)
+
+    def __enter__(self) -> Reporter:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self.QUIET_SECONDS):
+            quiet = time.monotonic() - self._last_part
+            if quiet >= self.QUIET_SECONDS and self._unit < len(self._names):
+                print(
+                    f"tokenize: {self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, the next part of "
+                    f"{self._names[self._unit]} or of the file after it takes {quiet:,.0f} s so far; "
+                    f"tokenize.max_document_bytes limits a document",
+                    flush=True,
+                )
 
     def report(self, unit: int, last: bool = False) -> None:
         now = self._last_metrics = time.monotonic()

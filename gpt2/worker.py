@@ -6,6 +6,7 @@ tiktoken does not scale over threads, and parsing JSON holds the interpreter's l
 from __future__ import annotations
 
 import contextlib
+import json
 import queue
 import signal
 import subprocess
@@ -48,7 +49,7 @@ class Processes:
 class _Process:
     def __init__(self, reading: Reading, backend: str) -> None:
         self._pipe, theirs = Pipe()
-        command = [sys.executable, "-m", "gpt2.worker", str(theirs.fileno()), *reading, backend]
+        command = [sys.executable, "-m", "gpt2.worker", str(theirs.fileno()), json.dumps(reading), backend]
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         theirs.close()  # so that the pipe ends when the process does
 
@@ -101,9 +102,9 @@ def serve(pipe: Connection, reading: Reading, backend: str) -> None:
 
 def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the parent too, whose end is noticed
-    number, column, on_bad_input, backend = arguments
+    number, reading, backend = arguments
     with contextlib.suppress(EOFError, ConnectionError):
-        serve(Connection(int(number)), Reading(column, on_bad_input), backend)  # type: ignore[arg-type]
+        serve(Connection(int(number)), Reading(*json.loads(reading)), backend)
 
 
 if __name__ == "__main__":

@@ -23,3 +23,12 @@ def test_both_sides_write_the_same_shards(tmp_path: Path) -> None:
     table = compare([path], tmp_path / "scratch", workers=2, repeat=1, shard_tokens=200_000)
     assert "the same byte for byte" in table and "| plain method |" in table and "| this stage |" in table
     assert "3,000 documents" in table and "Ratio: **" in table
+
+
+@pytest.mark.slow
+def test_a_small_text_is_no_dead_end(tmp_path: Path) -> None:
+    """Catches: shards that are larger than the text, and an error that names an option the command does not have."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a few words of text, and no more of them"] * 20}), path)
+    (tmp_path / "scratch").mkdir()
+    assert "20 documents" in compare([path], tmp_path / "scratch", workers=1, repeat=1)

@@ -17,7 +17,7 @@ import pytest
 from corpus_stages import expected
 
 from gpt2 import cluster_encode as module
-from gpt2.cluster import expand, tokenize_to
+from gpt2.cluster import expand, main, tokenize_to
 from gpt2.cluster_encode import connect, encoded_on
 from gpt2.config import TokenizeConfig
 from gpt2.corpus import Reading, Unit
@@ -334,6 +334,18 @@ def test_space(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> N
     free.update(out=10**9, scratch=1000)
     with pytest.raises(UserError, match=rf"up to {AT_ONCE + 1} shards, .* MB are free there: set TMPDIR"):
         tokenize_to(Client(), [str(file)], f"file://{tmp_path}/out", CONFIG, "text")
+
+
+def test_a_small_corpus_names_an_option_that_exists(tmp_path: Path, file: Path, capsys: Any) -> None:
+    """Catches: everything encoded before the error, which then names an option of recipes only."""
+    client = Client()
+    with pytest.raises(UserError, match="--val-tokens") as caught:
+        tokenize_to(client, [str(file)], str(tmp_path / "out"), TokenizeConfig(), "text", "tiktoken")
+    assert "100,000,000" in str(caught.value) and client.asked == 0
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "--val-tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("address", ["local:x", "local:", "local:0"])

@@ -120,7 +120,7 @@ def test_rows_that_are_not_utf8(tmp_path: Path) -> None:
     raw = pa.array([b"good", None, b"bad \xff\xfe", b"cut \xe6\x9d", b"fine \xc3\xa9"])
     path = write(tmp_path / "a.parquet", raw.view(pa.string()))
     with pytest.raises(UserError, match="row group 0, row 2: not UTF-8"):
-        list(corpus_parquet._text(raw.drop_null().view(pa.string()), "x", 0, 1, corpus.BadInput("error")))
+        list(corpus_parquet._text(raw.drop_null().view(pa.string()), TEXT, "x", 0, 1, corpus.BadInput("error")))
     assert corpus_of(path, SKIP) == ["good", "fine é"]
     assert [(s.rows, s.reason) for s in skipped_of(path)] == [
         (1, "null instead of text; first at row group 0, row 1"),
@@ -171,6 +171,17 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
         divide([(str(path), "a.parquet")], Reading("body"))
     with pytest.raises(UserError, match="column 'id' is int64, not text"):
         divide([(str(path), "a.parquet")], Reading("id"))
+
+
+def test_columns_that_cannot_be_told_apart(tmp_path: Path) -> None:
+    """Catches: a traceback from Arrow, or the text of another column."""
+    twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    struct = pa.table({"a": [{"b": "x"}], "a.b": ["y"]})
+    for name, table, column in (("twice", twice, "text"), ("struct", struct, "a.b")):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(table, path)
+        with pytest.raises(UserError, match=rf"{name}\.parquet has 2 columns .*'{re.escape(column)}'.*text_column"):
+            divide([(str(path), path.name)], Reading(column))
 
 
 def test_a_batch_is_as_large_as_its_text(tmp_path: Path) -> None:

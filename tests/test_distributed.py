@@ -199,7 +199,9 @@ def test_the_bench_under_torchrun(tmp_path: Path) -> None:
     words = ["-m", "gpt2.bench_train", "--size=demo", "--total-batch-size=4096", "--micro-batch-size=8", "--steps=2"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     one, two = tmp_path / "one.json", tmp_path / "two.json"
-    subprocess.run([sys.executable, *words, f"--json={one}"], env=environment, check=True, timeout=120)
+    alone = [sys.executable, *words, f"--json={one}"]
+    done = subprocess.run(alone, env=environment, check=True, timeout=120, stderr=subprocess.PIPE, text=True)
+    assert done.stderr.count("no GPU") == 1
     several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *words]
     output = subprocess.run(
         [*several, f"--beside={one}", f"--json={two}"], env=environment, check=True, timeout=120, capture_output=True

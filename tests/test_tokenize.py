@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -10,7 +11,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +24,18 @@ import pytest
 from corpus_stages import expected, stream, tokenize_stage
 
 from gpt2 import tokenize as tokenize_module
+from gpt2.bpe import make_encoder
+from gpt2.config import TokenizeConfig
+from gpt2.corpus import Reading, divide, slices
+from gpt2.encoder import Encoded, encode_unit
 from gpt2.errors import UserError
-from gpt2.manifest import TokenizeFacts, sha256_file
+from gpt2.manifest import TokenizeFacts, canonical, sha256_file
 from gpt2.metrics import read_metrics
-from gpt2.shard_folder import PROGRESS
+from gpt2.shard_folder import PROGRESS, Folder
 from gpt2.shard_sequence import ShardSequence
 from gpt2.shards import ShardWriter, open_shard
 from gpt2.stage import StageDir
-from gpt2.tokenize import tokenize
+from gpt2.tokenize import Reporter, plan_of, tokenize, write_shards
 from gpt2.tokenizer import EOT
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -322,12 +329,77 @@ def command(stage: StageDir) -> subprocess.CompletedProcess[str]:
 
 def test_too_little_text(tmp_path: Path) -> None:
     """Catches a training set of nothing, found out by the loader much later."""
-    stage = tokenize_stage(tmp_path, [parquet(tmp_path / "a.parquet", GOLDEN)], val_tokens=10_000)
+    stage = tokenize_stage(tmp_path, [parquet(tmp_path / "a.parquet", GOLDEN)], val_tokens=300)
     done = command(stage)
     total = len(expected(GOLDEN))
     assert done.returncode == 2 and stage.manifest is None
-    assert f"error: the corpus has {total} tokens and the validation shard alone takes 10,000" in done.stderr
+    assert f"error: the corpus has {total} tokens and the validation shard alone takes 300" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_too_little_text_is_said_before_encoding(tmp_path: Path) -> None:
+    """Catches: hours of encoding and then an error that the first look at the text could have given."""
+    stage = tokenize_stage(tmp_path, [parquet(tmp_path / "a.parquet", texts(200))], val_tokens=10_000_000)
+    with pytest.raises(UserError, match=r"10,000,000.*--val-tokens of gpt2\.cluster"):
+        tokenize(stage)
+    assert not (stage.path / "metrics.jsonl").exists() or not list(read_metrics(stage.path / "metrics.jsonl"))
+
+
+def test_progress_goes_on_within_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: 100 % after the first piece of a document of 300 MB, and silence after it."""
+    text = "all of one document " * 60_000
+    units, _ = divide([(str(parquet(tmp_path / "a.parquet", [text])), "a.parquet")], Reading("text"))
+    monkeypatch.setattr("gpt2.encoder.slices", lambda batch: slices(batch, 100_000))
+    parts = list(encode_unit(units[0], Reading("text"), make_encoder("tiktoken")))
+    assert len(parts) > 8 and sum(part.consumed for part in parts) == units[0].size
+    assert max(part.consumed for part in parts) < units[0].size / 8
+
+
+def test_a_long_wait_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches: silence for minutes while text without white space is encoded as a whole."""
+    units, _ = divide([(str(parquet(tmp_path / "a.parquet", texts(9))), "a.parquet")], Reading("text"))
+    said = threading.Event()
+    lines: list[str] = []
+
+    def note(line: str, **_: Any) -> None:
+        lines.append(line)
+        if "a.parquet" in line:
+            said.set()
+
+    def parts(first: int) -> Iterator[tuple[int, Encoded]]:
+        assert said.wait(60), lines
+        yield from ((0, part) for part in encode_unit(units[0], Reading("text"), make_encoder("tiktoken")))
+
+    monkeypatch.setattr("gpt2.tokenize.print", note, raising=False)
+    monkeypatch.setattr(Reporter, "QUIET_SECONDS", 0.01)
+    assert write_shards(Folder(tmp_path), units, TokenizeConfig(shard_tokens=50), parts, 0)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+def test_a_document_over_the_limit_is_bad_input(tmp_path: Path, kind: str) -> None:
+    """Catches: one document of hundreds of megabytes in the corpus without a way to refuse it."""
+    rows = ["a short one", "é" * 50, "y" * 100, "z" * 101]
+    path = tmp_path / f"a.{kind}"
+    if kind == "parquet":
+        parquet(path, rows)
+    else:
+        path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    limits = {"max_document_bytes": 100, "val_tokens": 2, "shard_tokens": 50}
+    with pytest.raises(UserError, match=r"101 bytes.*tokenize\.max_document_bytes=100"):
+        tokenize(tokenize_stage(tmp_path, [path], **limits))
+    stage = tokenize_stage(tmp_path, [path], on_bad_input="skip", **limits)
+    tokenize(stage)
+    assert stream(stage) == expected(rows[:3])
+    assert [(entry.rows, entry.file[-len(path.name) :]) for entry in facts(stage).skipped] == [(1, path.name)]
+
+
+def test_a_limit_that_is_not_set_keeps_whole_shards(tmp_path: Path) -> None:
+    """Catches: a new field with a default that starts finished work over."""
+    units, _ = divide([(str(parquet(tmp_path / "a.parquet", ["one row"])), "a.parquet")], Reading("text"))
+    before = TokenizeConfig().model_dump(exclude={"max_document_bytes"})
+    whole = canonical([[unit.model_dump(exclude={"path"}) for unit in units], before])
+    assert plan_of(units, TokenizeConfig()) == hashlib.sha256(whole.encode()).hexdigest()
+    assert plan_of(units, TokenizeConfig(max_document_bytes=9)) != plan_of(units, TokenizeConfig())
 
 
 def test_no_such_column_is_one_line(tmp_path: Path) -> None:
