@@ -299,9 +299,10 @@ class Runtime(Section):
     ] = None
     download_workers: PositiveInt = 8
     log_every: PositiveInt = 10
-    verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = (
-        False
-    )
+    verify: Annotated[
+        bool,
+        Field(description="hash every local source and every file of a cached stage, not only those touched since"),
+    ] = False
     nodes: PositiveInt = 1
     rendezvous: Annotated[str | None, Field(description="host:port of the c10d rendezvous, for nodes > 1")] = None
 
