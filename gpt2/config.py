@@ -17,6 +17,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from gpt2.benchmark_config import BenchmarkConfig, Continuation, HellaSwag  # noqa: F401 also known from here
 from gpt2.source_config import (  # noqa: F401
+    ADDED,
     CorpusSource,
     Count,
     HubFiles,
@@ -60,7 +61,8 @@ class TokenizeConfig(Section):
         Field(description="a row group that cannot be read, a null or non-string row: stop, or skip and list it"),
     ] = "error"
     max_document_bytes: Annotated[
-        PositiveInt | None,
+        Count | None,
+        ADDED,
         Field(description="of UTF-8 in a parquet row or a jsonl line; a longer one is bad input. txt is read in parts"),
     ] = None
 
@@ -312,9 +314,10 @@ class Runtime(Section):
     ] = None
     download_workers: Processes = 8
     log_every: Count = 10
-    verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = (
-        False
-    )
+    verify: Annotated[
+        bool,
+        Field(description="hash every local source and every file of a cached stage, not only those touched since"),
+    ] = False
     nodes: Processes = 1
     rendezvous: Annotated[str | None, Field(description="host:port of the c10d rendezvous, for nodes > 1")] = None
 

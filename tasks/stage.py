@@ -64,7 +64,7 @@ class ManifestKeys(WritableFileSystem):
 
     store: Path
     deep: bool = False
-    """hash every file, not only those whose time stamp moved"""
+    """hash every file, not only those touched since"""
     _checked: set[str] = PrivateAttr(default_factory=set)
 
     def read_path(self, path: str, _sync: bool = True) -> bytes:  # type: ignore[override]  # Prefect calls it so

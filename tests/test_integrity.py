@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from test_evaluate import evaluation, tiny_model, trained, words_everywhere  # noqa: F401
-from tiny_run import make_shards
+from tiny_run import CONFIG, make_shards
 
+from gpt2.build import fresh
 from gpt2.checkpoint import Snapshot, TrainState, save_model, write_checkpoint
+from gpt2.config import TrainConfig
 from gpt2.distributed import SOLO
 from gpt2.errors import UserError
 from gpt2.evaluate import main, work
@@ -108,6 +110,12 @@ def test_training_begins_from_the_planned_weights_alone(tmp_path: Path) -> None:
     save_model(tmp_path / "start", other)
     with pytest.raises(UserError, match=f"sha256 {planned} then, [0-9a-f]{{64}} now"):
         load_init(other, str(tmp_path / "start"), planned)
+    config = TrainConfig.model_validate(
+        CONFIG | {"model": model.config, "total_batch_size": 128, "init_from": str(tmp_path / "start")}
+    )
+    fresh(config)
+    with pytest.raises(UserError, match=f"sha256 {planned} then, [0-9a-f]{{64}} now"):
+        fresh(config.model_copy(update={"init_sha256": planned}))
 
 
 def test_training_does_not_begin_from_other_heads(tmp_path: Path) -> None:

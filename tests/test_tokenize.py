@@ -515,6 +515,24 @@ def test_ready_made_shards_that_cannot_be_used(tmp_path: Path) -> None:
         tokenize(tokenize_stage(tmp_path, good[:1], kind="local-shards"))
 
 
+def test_a_ready_made_shard_that_changes_while_it_is_adopted_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches: other tokens recorded under the address of the planned ones."""
+    files = [shard(tmp_path / "x_val_0.bin", [EOT, 5]), shard(tmp_path / "x_train_1.bin", [EOT, 7])]
+    stage = tokenize_stage(tmp_path, files, kind="local-shards")
+    verify = tokenize_module.verify
+
+    def change(path: Path) -> Any:
+        rewrite(files[1], files[1].read_bytes().replace(b"\x07", b"\x08"))
+        return verify(path)
+
+    monkeypatch.setattr("gpt2.tokenize.verify", change)
+    with pytest.raises(UserError, match=r"x_train_1\.bin was changed while the stage read it"):
+        tokenize(stage)
+    assert stage.manifest is None
+
+
 # ---------------------------------------------------------------------------------------------------------- real data
 
 
