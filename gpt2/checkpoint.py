@@ -23,7 +23,7 @@ from torch import Tensor
 from gpt2.atomic import fsync_dir, write_text
 from gpt2.config import CheckpointConfig, ModelConfig, Section
 from gpt2.errors import UserError
-from gpt2.manifest import OtherVersion, read_model, sha256_file, write_model
+from gpt2.manifest import OtherVersion, RelativePath, read_model, sha256_file, write_model
 from gpt2.model import GPT
 from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.weights import from_hf_layout, hf_config, hf_layout, load_hf, read_hf_config, to_hf
@@ -81,7 +81,7 @@ class TrainState(Section):
     """of the last steps, as many as anomalies and the final mean look back"""
     train_seconds: float = 0.0
     total_seconds: float = 0.0
-    files: dict[str, Written] = {}
+    files: dict[RelativePath, Written] = {}
 
 
 class Snapshot:

@@ -10,13 +10,14 @@ import pickle
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from gpt2.checkpoint import MODEL_CONFIG, WEIGHTS
 from gpt2.config import ModelConfig
 from gpt2.errors import UserError
 from gpt2.llmc import is_llmc, read_llmc
-from gpt2.manifest import MANIFEST, Manifest, PretrainedFacts, TrainFacts, read_model
+from gpt2.manifest import MANIFEST, Manifest, PretrainedFacts, RelativePath, TrainFacts, read_model
 from gpt2.model import GPT
 from gpt2.tensor_file import read_tensors
 from gpt2.weights import load_hf, read_hf_config
@@ -107,7 +108,8 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         return read_tensors(folder / WEIGHTS)
     if (folder / SHARDED).exists():
         try:
-            files = sorted(set(json.loads((folder / SHARDED).read_bytes())["weight_map"].values()))
+            listed = json.loads((folder / SHARDED).read_bytes())["weight_map"].values()
+            files = sorted(TypeAdapter(set[RelativePath]).validate_python(set(listed)))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / SHARDED} is damaged ({error}): copy it again") from error
         return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
