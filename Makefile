@@ -80,15 +80,16 @@ bench-tokenize: $(STAMP) ## tokens/s beside the plain method
 bench-train: $(STAMP) ## tokens/s and MFU; ARGS='--size 350m --check'
 	$(BIN)/python -m gpt2.bench_train $(ARGS)
 
-# the folder of a finished model: MODEL if given, else that of CONF
-CHECKPOINT = $${MODEL:-$$($(BIN)/python -m gpt2.plan $(CONF) --checkpoint)}
+# what stands for the model: MODEL if given, else CONF's, with the overrides in ARGS
+NAMED  = $${MODEL:+"$$MODEL"}
+RECIPE = $(if $(MODEL),,--recipe $(CONF))
 
-sample: $(STAMP) ## text from a trained model: make sample PROMPT='...' [CONF=124m | MODEL=folder]
-	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.sample "$$model" --prompt "$$PROMPT" $(ARGS)
+sample: $(STAMP) ## text from a trained model: make sample PROMPT='...' [CONF=124m ARGS='field=value ...' | MODEL=folder]
+	$(BIN)/python -m gpt2.sample $(NAMED) --prompt "$$PROMPT" $(RECIPE) $(ARGS)
 
-export: $(STAMP) ## a trained model as a Hugging Face folder: make export OUT=folder [CONF=124m | MODEL=folder]
+export: $(STAMP) ## a trained model as a Hugging Face folder: make export OUT=folder [CONF=124m ARGS='...' | MODEL=folder]
 	@test -n "$$OUT" || { echo "error: OUT is not given: make export OUT=folder" >&2; exit 2; }
-	model="$(CHECKPOINT)" && $(BIN)/python -m gpt2.export "$$model" "$$OUT" $(ARGS)
+	$(BIN)/python -m gpt2.export $(NAMED) "$$OUT" $(RECIPE) $(ARGS)
 
 clean: ## remove the environment and caches; the store stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

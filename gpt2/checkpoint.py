@@ -24,7 +24,7 @@ from gpt2.architecture import MODEL_CONFIG, hf_config, read_hf_config
 from gpt2.atomic import fsync_dir, write_text
 from gpt2.config import CheckpointConfig, ModelConfig, Section
 from gpt2.errors import UserError
-from gpt2.manifest import OtherVersion, Session, read_model, sha256_file, write_model
+from gpt2.manifest import OtherVersion, RelativePath, Session, read_model, sha256_file, write_model
 from gpt2.model import GPT
 from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.weights import from_hf_layout, hf_layout, load_hf, to_hf
@@ -90,7 +90,7 @@ class TrainState(Section):
     total_seconds: float = 0.0
     sessions: tuple[Session, ...] = ()
     """add up to total_seconds; empty in checkpoints of before this field"""
-    files: dict[str, Written] = {}
+    files: dict[RelativePath, Written] = {}
 
 
 class Snapshot:

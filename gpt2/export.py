@@ -36,6 +36,7 @@ from gpt2.errors import UserError, without_credentials
 from gpt2.llmc import write_llmc
 from gpt2.model import GPT
 from gpt2.pretrained import read_any
+from gpt2.runs import find
 from gpt2.tensor_file import read_tensors, write_tensors
 from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_files
 from gpt2.weights import load_hf, to_hf
@@ -219,14 +220,24 @@ def _json(value: dict[str, Any]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt2.export", description="A checkpoint for other programs.")
     parser.add_argument(
-        "checkpoint", type=Path, help="checkpoint folder, Hugging Face folder, llm.c file, finished stage"
+        "places",
+        nargs="+",
+        metavar="checkpoint out",
+        help="checkpoint folder, Hugging Face folder, llm.c file or finished stage; then the folder to make, or file "
+        "for llm.c; with --recipe: out, then field=value ...",
     )
-    parser.add_argument("out", type=Path, help="folder to make, or file for llm.c")
+    parser.add_argument("--recipe", help="the model that this recipe trained, with the overrides given")
     parser.add_argument("--format", choices=["hf", *LLMC_VERSIONS], default="hf")
     parser.add_argument("--name", help="of the model on its card, after gpt2-")
     parser.add_argument("--push", metavar="USER/NAME", help=f"then upload it to the Hub; needs {TOKEN_VARIABLE}")
     parser.add_argument("--public", action="store_true", help="make a repository that is pushed to public")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.recipe is not None:
+        args.checkpoint, args.out = find(args.recipe, args.places[1:]), Path(args.places[0])
+    elif len(args.places) == 2:
+        args.checkpoint, args.out = map(Path, args.places)
+    else:
+        raise UserError(f"a checkpoint and an output are needed, {len(args.places)} paths are given")
     if args.push and args.format != "hf":
         raise UserError(f"--push uploads the folder of --format hf, not of {args.format}")
     if args.push and not os.environ.get(TOKEN_VARIABLE):

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from gpt2.atomic import write_text
 from gpt2.config import Section
@@ -39,13 +39,39 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if not pure.parts or pure.is_absolute() or ".." in pure.parts or "\0" in path:
+        raise ValueError(f"{path[:100]!r} is not a path inside its directory")
+    return path
+
+
+RelativePath = Annotated[str, AfterValidator(_inside)]
+"""A path in a record, below the directory that it is relative to. Records are copied from machine to machine: no path
+in one may lead elsewhere."""
+
+
+def confined(directory: Path, relative: str) -> Path:
+    """`relative` in `directory`, to be changed or deleted.
+
+    Raises:
+        UserError: a link leads it out of the directory.
+    """
+    path = directory / relative
+    if not path.parent.resolve().is_relative_to(directory.resolve()):
+        raise UserError(
+            f"{path} lies in {path.parent.resolve()}, outside of {directory}: delete it there if it is yours"
+        )
+    return path
+
+
 class Request(Section):
     """What one stage is asked to do; request.json in its directory."""
 
     stage: str
     version: int
     config: dict[str, Any]
-    inputs: dict[str, str] = {}
+    inputs: dict[str, RelativePath] = {}
     """role -> address, e.g. {"shards": "tokenize/0f3a..."}"""
     hints: dict[str, Any] = {}
     """where things lie on this machine, such as the paths of local files; not part of the address"""
@@ -57,7 +83,7 @@ class Request(Section):
 
 
 class FileEntry(Section):
-    path: str
+    path: RelativePath
     """relative to the stage's directory, with forward slashes"""
     size: int
     sha256: str
@@ -81,7 +107,7 @@ class DownloadFacts(Section):
     kind: str
     """of the source: hub, local, hub-shards, local-shards, installed-docs"""
     text_column: str | None
-    files: tuple[str, ...]
+    files: tuple[RelativePath, ...]
     """relative paths of the data files in reading order"""
     total_bytes: int
     origin: str
@@ -98,7 +124,7 @@ class Skipped(Section):
 
 
 class ShardEntry(Section):
-    path: str
+    path: RelativePath
     split: Literal["val", "train"]
     tokens: int
 
@@ -174,7 +200,7 @@ class TrainFacts(Section):
     precision: str
     fp8_head: bool = False
     """whether the last part of the training made the head's products in 8-bit floats"""
-    checkpoint: str
+    checkpoint: RelativePath
     """relative path of the final checkpoint's folder"""
 
     @property
@@ -198,7 +224,7 @@ class PretrainedFacts(Section):
 
     stage: Literal["pretrained"] = "pretrained"
     origin: str
-    checkpoint: str
+    checkpoint: RelativePath
     """relative path of the folder that holds config.json and the weights"""
 
 

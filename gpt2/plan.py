@@ -3,7 +3,6 @@
 python -m gpt2.plan 124m [field=value ...]            what is to do, what is finished, where
 python -m gpt2.plan 124m --write [field=value ...]    also write request.json and runtime.json, after which a stage
                                                       can be started by hand: python -m gpt2.tokenize DIRECTORY
-python -m gpt2.plan 124m --checkpoint                 the folder of the finished model
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from gpt2.config import (
 )
 from gpt2.console import command
 from gpt2.errors import UserError
-from gpt2.manifest import MANIFEST, REQUEST, RUNTIME, Manifest, Request, TrainFacts, read_model, write_model
+from gpt2.manifest import REQUEST, RUNTIME, Request, write_model
 from gpt2.recipe import load, load_runtime, parse_overrides
 from gpt2.sources import BENCHMARK_FORMATS, HARNESS_FORMATS, MODEL_FORMATS, identify, identify_weights
 from gpt2.stage import is_finished
@@ -98,7 +97,7 @@ def plan(
     train_inputs = {"shards": tokenize.address}
     if config.train.benchmark:
         train_inputs["benchmark"] = benchmarks[config.train.benchmark].address
-    train = _request("train", _with_weights(config.train, store, verify), train_inputs)
+    train = _request("train", _with_weights(config.train, store, verify), train_inputs, {"recipe": config.name})
 
     scored = {
         f"benchmark:{name}": benchmarks[name].address for name in config.evaluate.benchmarks if name in benchmarks
@@ -268,33 +267,15 @@ def prepare(request: Request, runtime: Runtime) -> Path:
     return directory
 
 
-def checkpoint(plan: Plan, store: Path) -> Path:
-    """The final checkpoint's folder of a finished training.
-
-    Raises:
-        UserError: training is not finished.
-    """
-    directory = store / plan.train.address
-    if not (directory / MANIFEST).exists():
-        raise UserError(f"training is not finished in {directory}: run the recipe first")
-    facts = read_model(directory / MANIFEST, Manifest).facts
-    assert isinstance(facts, TrainFacts)
-    return directory / facts.checkpoint
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt2.plan", description="The stages of a recipe.")
     parser.add_argument("recipe", help="name in conf/, or path of a .yaml file")
     parser.add_argument("overrides", nargs="*", metavar="field=value")
     parser.add_argument("--write", action="store_true", help="write each stage's request.json and runtime.json")
-    parser.add_argument("--checkpoint", action="store_true", help="print the folder of the finished model")
     arguments = parser.parse_intermixed_args()
     overrides = parse_overrides(arguments.overrides)
     runtime = load_runtime(None, overrides)
     whole = plan(load(arguments.recipe, overrides), runtime.store, verify=runtime.verify)
-    if arguments.checkpoint:
-        print(checkpoint(whole, runtime.store))
-        return
     for name, request in whole.requests().items():
         directory = prepare(request, runtime) if arguments.write else runtime.store / request.address
         state = "finished" if is_finished(directory) else "to do"

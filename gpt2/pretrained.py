@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from gpt2.architecture import MODEL_CONFIG, check_architecture, read_hf_config, resolve
@@ -19,6 +20,7 @@ from gpt2.errors import UserError
 from gpt2.file_hashes import Stamp, sha256_file
 from gpt2.integrity import check_recorded
 from gpt2.llmc import read_llmc
+from gpt2.manifest import RelativePath
 from gpt2.model import GPT
 from gpt2.sources import weight_files, weights_sha256
 from gpt2.tensor_file import read_tensors
@@ -104,7 +106,8 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
         return read_tensors(folder / WEIGHTS)
     if (folder / SHARDED).exists():
         try:
-            files = sorted(set(json.loads((folder / SHARDED).read_bytes())["weight_map"].values()))
+            listed = json.loads((folder / SHARDED).read_bytes())["weight_map"].values()
+            files = sorted(TypeAdapter(set[RelativePath]).validate_python(set(listed)))
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{folder / SHARDED} is damaged ({error}): copy it again") from error
         return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}

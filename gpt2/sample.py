@@ -160,9 +160,25 @@ def converse(
         write("\n")
 
 
+def _folder(recipe: str | None, words: list[str]) -> Path:
+    if recipe is not None:
+        from gpt2.runs import find  # a served model has no store
+
+        return find(recipe, words)
+    if len(words) != 1:
+        raise UserError(f"one model is needed, {len(words)} are given: name its folder, or --recipe NAME")
+    return Path(words[0])
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m gpt2.sample", description="Text from a trained model.")
-    parser.add_argument("folder", type=Path, help="checkpoint folder: ours, Hugging Face's, or a llm.c file")
+    parser.add_argument(
+        "model",
+        nargs="*",
+        metavar="folder",
+        help="ours, Hugging Face's, or a llm.c file; with --recipe: field=value ...",
+    )
+    parser.add_argument("--recipe", help="the model that this recipe trained, with the overrides given")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", default="", help='text to continue; "" begins a document')
     what.add_argument("--file", type=Path, help="prompts, one a line")
@@ -176,9 +192,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
     parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
     parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token; for comparison")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
 
-    model = load_any(args.folder, pick_device(args.device))
+    model = load_any(_folder(args.recipe, args.model), pick_device(args.device))
     options = {
         "temperature": args.temperature,
         "top_k": args.top_k,

@@ -13,7 +13,7 @@ import fsspec  # type: ignore[import-untyped]
 from gpt2.config import Section
 from gpt2.corpus import CannotReadNow
 from gpt2.errors import UserError
-from gpt2.manifest import Damaged, M, Skipped, TokenizeFacts, canonical, read_model, write_model
+from gpt2.manifest import Damaged, M, RelativePath, Skipped, TokenizeFacts, canonical, read_model, write_model
 from gpt2.shards import HEADER_BYTES, TOKEN, read_header
 
 FOLDER = "shards"
@@ -31,7 +31,7 @@ class Place(Section):
 class WholeShard(Section):
     """A shard that is on disk, and what had been seen of the corpus when it was full."""
 
-    path: str
+    path: RelativePath
     """relative to the stage's directory"""
     tokens: int
     documents: int

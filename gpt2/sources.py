@@ -157,7 +157,13 @@ def identify_weights(path: str, store: Path, *, verify: bool = False) -> str:
 
 
 def numbered(index: int, name: str) -> str:
-    """Path of the index-th file in a stage's directory; the number keeps the reading order."""
+    """Path of the index-th file in a stage's directory; the number keeps the reading order.
+
+    Raises:
+        UserError: the name, which a request.json may hold, is a path.
+    """
+    if "/" in name:
+        raise UserError(f"{name[:100]!r} is a path, not the name of a file")
     return f"{DATA}/{index:05d}-{name}"
 
 

@@ -27,7 +27,7 @@ from pydantic import PrivateAttr
 from gpt2.atomic import atomic_write
 from gpt2.config import Runtime
 from gpt2.machine import gpu_names
-from gpt2.manifest import MANIFEST, METRICS, Damaged, Manifest, Request, read_model
+from gpt2.manifest import MANIFEST, METRICS, REQUEST, Damaged, Manifest, Request, confined, read_model
 from gpt2.plan import prepare
 from gpt2.stage import StageDir
 from gpt2.stages import STAGES
@@ -73,6 +73,8 @@ class ManifestKeys(WritableFileSystem):
         manifest = read_model(directory / MANIFEST, Manifest)
         if path not in self._checked:  # Prefect reads a key twice, to see that it is there and for what it says
             stage = StageDir(directory)  # without request.json: the task writes it and finds the stage finished
+            if stage.request.address != path:
+                raise ValueError(f"{stage.path / REQUEST} asks for {stage.request.address}")
             problems = [*manifest.problems(directory, deep=self.deep), *filter(None, [stage.outdated()])]
             if problems:
                 more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
@@ -155,6 +157,7 @@ def discard_damaged(directory: Path, *, deep: bool = False) -> None:
 
     Raises:
         OtherVersion: another version wrote the manifest, which stays, as does all that it lists.
+        UserError: a file to be removed lies outside of the directory, behind a link.
     """
     if not (directory / MANIFEST).exists():
         return
@@ -170,10 +173,11 @@ def discard_damaged(directory: Path, *, deep: bool = False) -> None:
             if manifest.model_copy(update={"files": (entry,)}).problems(directory, deep=deep)
         ]
         if damaged:
+            paths = [confined(directory, entry.path) for entry in damaged]
             (directory / MANIFEST).unlink(missing_ok=True)
             stage, _, _ = manifest.address.partition("/")
-            for entry in () if STAGES[stage].checks_itself else damaged:
-                (directory / entry.path).unlink(missing_ok=True)
+            for path in () if STAGES[stage].checks_itself else paths:
+                path.unlink(missing_ok=True)
 
 
 def _worth_retrying(task: Task[Any, Any], run: TaskRun, state: State[Any]) -> bool:

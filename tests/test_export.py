@@ -169,6 +169,15 @@ def test_openais_layout_is_read(tmp_path: Path) -> None:
             torch.testing.assert_close(ours(idx)[0], wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_an_index_of_weights_names_only_files_of_its_folder(exported: Path, tmp_path: Path) -> None:
+    """Bug: a model from elsewhere could have any file of the machine read as its weights."""
+    folder = shutil.copytree(exported, tmp_path / "copy")
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../outside.safetensors"}}')
+    with pytest.raises(UserError, match="is not a path inside"):
+        load_init(folder)
+
+
 class _Evil:
     def __reduce__(self):  # type: ignore[no-untyped-def]
         return (Path.touch, (Path("evil"),))

@@ -16,7 +16,7 @@ from gpt2.config import ModelConfig, RunConfig
 from gpt2.errors import UserError
 from gpt2.file_hashes import Stamp, sha256_file
 from gpt2.manifest import Request, canonical
-from gpt2.plan import Plan, checkpoint, plan, prepare
+from gpt2.plan import Plan, plan, prepare
 from gpt2.recipe import load, load_runtime
 from gpt2.source_config import ADDED, Section
 
@@ -196,11 +196,6 @@ def test_write_makes_directories_that_a_stage_can_start_on(tmp_path: Path) -> No
     request = planned(tmp_path).tokenize
     written = Request.model_validate_json((tmp_path / request.address / "request.json").read_bytes())
     assert written.address == request.address
-
-
-def test_checkpoint_of_an_unfinished_training_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="training is not finished"):
-        checkpoint(planned(tmp_path), tmp_path)
 
 
 GPT2_124M = ModelConfig(n_layer=12, n_head=12, n_embd=768)

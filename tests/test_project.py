@@ -104,8 +104,16 @@ PROMPT = '`touch pwned` $HOME $(x) $$ "q" it\'s; #'
         (["sample", f"PROMPT={PROMPT}"], ["-m", "gpt2.sample", "a b", "--prompt", PROMPT]),
         (["export", "OUT=$HOME x"], ["-m", "gpt2.export", "a b", "$HOME x"]),
         (["export"], None),
+        (
+            ["sample", "MODEL=", "CONF=demo", "PROMPT=x", "ARGS=train.seed=7 --tokens 4"],
+            ["-m", "gpt2.sample", "--prompt", "x", "--recipe", "demo", "train.seed=7", "--tokens", "4"],
+        ),
+        (
+            ["export", "MODEL=", "CONF=demo", "OUT=x y", "ARGS=train.seed=7"],
+            ["-m", "gpt2.export", "x y", "--recipe", "demo", "train.seed=7"],
+        ),
     ],
-    ids=["sample", "export", "nowhere"],
+    ids=["sample", "export", "nowhere", "recipe", "recipe-export"],
 )
 def test_make_takes_text_as_it_is(tmp_path: Path, words: list[str], wanted: list[str] | None) -> None:
     """Bugs: a prompt that is run as a command, or loses its dollars; an export to nowhere that says "exists: delete

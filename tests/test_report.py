@@ -431,6 +431,13 @@ def test_without_benchmark_price_or_published_figures(tmp_path: Path) -> None:
     assert "HellaSwag" not in page.text
 
 
+def amend(stage: StageDir, facts: Facts) -> None:
+    """Give a finished stage other facts; its files, and so its digest, stay."""
+    manifest = stage.manifest
+    assert manifest is not None
+    write_model(stage.path / "manifest.json", manifest.model_copy(update={"facts": facts}))
+
+
 def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     """Skipped input, skipped steps, a benchmark that could not be had: none of it may go by unseen."""
     store = Store(tmp_path, load("124m", TOY))
@@ -438,12 +445,13 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     facts = run_of(store).tokenize_facts.model_copy(
         update={"skipped": (Skipped(file="data/00001-b.parquet", row_group=7, rows=1000, reason="<cut off>"),)}
     )
-    shards.finish([], facts)
+    amend(shards, facts)
     scores = StageDir(store.directory(store.plan.evaluate))
     evaluated = run_of(store).evaluate_facts
     hellaswag = evaluated.scores["hellaswag"].model_copy(update={"truncated": 3})
-    scores.finish(
-        [], evaluated.model_copy(update={"skipped": {"lambada": "no such file"}, "scores": {"hellaswag": hellaswag}})
+    amend(
+        scores,
+        evaluated.model_copy(update={"skipped": {"lambada": "no such file"}, "scores": {"hellaswag": hellaswag}}),
     )
     with open(store.train.path / "anomalies.jsonl", "w") as file:
         for step in range(70):
@@ -563,7 +571,7 @@ def test_core_stands_beside_the_published_one(tmp_path: Path, left_out: dict[str
     part = score(acc=0.3, centered=0.1)
     with_scores(store, {"core": score(centered=0.1, chance=None, prompt="core", parts={"a": part, "b": part})})
     facts = run_of(store).benchmarks["core"].model_copy(update={"left_out": left_out})
-    StageDir(store.directory(store.plan.benchmarks["core"])).finish([], facts)
+    amend(StageDir(store.directory(store.plan.benchmarks["core"])), facts)
     page, markdown, _ = made(store)
     name = "CORE, 2 of 3 tasks" if left_out else "CORE"
     assert page.row(RESULTS, f"{name} centered")[1:] == ["0.1000", "–", "0.1139", "–"]

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from gpt2 import version
 from gpt2.atomic import atomic_write, write_text
@@ -21,15 +22,21 @@ from gpt2.file_hashes import Hashes, Stamp
 from gpt2.manifest import (
     BenchmarkFacts,
     Damaged,
+    DownloadFacts,
+    FileEntry,
     Manifest,
     OtherVersion,
+    PretrainedFacts,
     Request,
+    ShardEntry,
+    TrainFacts,
     file_entry,
     read_model,
     write_model,
 )
 from gpt2.metrics import MetricsWriter, cut_after_step, read_metrics
 from gpt2.plan import prepare
+from gpt2.shard_folder import WholeShard
 from gpt2.stage import Provenance, StageDir, is_finished, main
 
 FACTS = BenchmarkFacts(kind="x", examples=1, chance=0.25, origin="test")
@@ -336,6 +343,24 @@ def test_a_copied_store_is_hashed_once(tmp_path: Path, monkeypatch: pytest.Monke
     assert manifest.problems(copy) == []
     monkeypatch.setattr("gpt2.file_hashes.sha256_file", lambda path: pytest.fail(f"{path} was read again"))
     assert manifest.problems(copy) == []
+
+
+@pytest.mark.parametrize("path", ["../x", "a/../../x", "/etc/passwd", "", ".", "a\0b"])
+def test_no_path_in_a_record_leads_out_of_its_directory(path: str) -> None:
+    training = {"steps": 1, "tokens": 1, "n_params": 1, "train_loss": 1.0, "val_loss": 1.0, "train_seconds": 1.0,
+              "total_seconds": 1.0, "tokens_per_second": 1.0, "flops_per_token": 1.0, "mfu": None, "device": "cpu",
+              "world_size": 1, "precision": "fp32"}  # fmt: skip
+    for model, fields in (
+        (FileEntry, {"path": path, "size": 1, "sha256": "0", "mtime_ns": 0}),
+        (ShardEntry, {"path": path, "split": "val", "tokens": 1}),
+        (WholeShard, {"path": path, "tokens": 1, "documents": 1, "sha256": "0", "end": {}}),
+        (PretrainedFacts, {"origin": "x", "checkpoint": path}),
+        (TrainFacts, {**training, "checkpoint": path}),
+        (DownloadFacts, {"kind": "x", "text_column": None, "files": [path], "total_bytes": 1, "origin": "x"}),
+        (Request, {"stage": "train", "version": 1, "config": {}, "inputs": {"shards": path}}),
+    ):
+        with pytest.raises(ValidationError, match="not a path inside"):
+            model.model_validate(fields)
 
 
 def test_a_torn_record_is_not_taken_for_another_version(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from prefect import flow
 from prefect.artifacts import Artifact as PrefectArtifact
 
 from gpt2.config import Runtime
+from gpt2.errors import UserError
 from gpt2.manifest import MANIFEST, Manifest, OtherVersion, Request, read_model
 from gpt2.metrics import MetricsWriter, cut_after_step
 from gpt2.stages import STAGES
@@ -131,6 +132,42 @@ def test_a_manifest_of_another_version_stops_the_run_and_stays(pipeline: Path) -
     assert sessions(pipeline) == 1
 
 
+def test_a_finished_stage_without_its_request_gets_it_back(pipeline: Path) -> None:
+    """Bug: it was cached, and the stage after it failed for ever, for it reads the request."""
+    path = pipeline / DOWNLOAD.address / "request.json"
+    path.unlink()
+    shutil.rmtree(pipeline / TOKENIZE.address)
+    assert two_stages(pipeline)["tokenize"] == "Completed"
+    assert read_model(path, Request).address == DOWNLOAD.address
+    assert sessions(pipeline, DOWNLOAD) == 1, "the stage itself did not run again"
+    path.write_text(TOKENIZE.model_dump_json())
+    two_stages(pipeline)
+    assert read_model(path, Request).address == DOWNLOAD.address
+    assert two_stages(pipeline) == {"download": "Cached", "tokenize": "Cached"}
+
+
+def manifest_of(directory: Path, path: str) -> None:
+    entry = {"path": path, "size": 1, "sha256": "0" * 64, "mtime_ns": 0}
+    facts = {"stage": "benchmark", "kind": "x", "examples": 1, "chance": 0.25, "origin": "x"}
+    manifest = {"address": f"download/{directory.name}", "files": [entry], "facts": facts}
+    (directory / MANIFEST).write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    "path", ["../../../theirs.txt", "data/../../../../theirs.txt", "{outside}", "linked/theirs.txt"]
+)
+def test_a_path_in_a_manifest_deletes_nothing_outside(tmp_path: Path, path: str) -> None:
+    """Bug: a store from elsewhere names any file, which does not agree with what is said of it, and was deleted."""
+    theirs = tmp_path / "theirs.txt"
+    theirs.write_text("theirs")
+    directory = stages.prepare(Request(stage="download", version=1, config={}), Runtime(store=tmp_path / "store"))
+    (directory / "linked").symlink_to(tmp_path)
+    manifest_of(directory, path.format(outside=theirs))
+    with pytest.raises(UserError):
+        stages.discard_damaged(directory)
+    assert theirs.read_text() == "theirs" and (directory / MANIFEST).exists()
+
+
 def test_damage_removes_the_link_not_what_it_points_to(tmp_path: Path) -> None:
     """Local files are linked into a download's directory: discarding a stale one must not touch the user's file."""
     theirs = tmp_path / "theirs.txt"
@@ -139,12 +176,7 @@ def test_damage_removes_the_link_not_what_it_points_to(tmp_path: Path) -> None:
     directory = stages.prepare(request, Runtime(store=tmp_path / "store"))
     (directory / "data").mkdir()
     (directory / "data" / "00000-theirs.txt").symlink_to(theirs)
-    manifest = {
-        "address": request.address,
-        "files": [{"path": "data/00000-theirs.txt", "size": 1, "sha256": "0" * 64, "mtime_ns": 0}],
-        "facts": {"stage": "benchmark", "kind": "x", "examples": 1, "chance": 0.25, "origin": "x"},
-    }
-    (directory / MANIFEST).write_text(json.dumps(manifest))
+    manifest_of(directory, "data/00000-theirs.txt")
     stages.discard_damaged(directory)
     assert not (directory / MANIFEST).exists() and not (directory / "data" / "00000-theirs.txt").is_symlink()
     assert theirs.read_text() == "changed since"

@@ -53,7 +53,7 @@ def _harness(run: Run) -> dict[str, Any]:
 
 def departures(run: Run) -> dict[str, Any]:
     """Dotted field -> value, wherever the run was asked something else than its recipe says; empty without a recipe."""
-    return dict(_differences(run.recipe.model_dump(mode="json"), configuration(run))) if run.recipe else {}
+    return dict(differences(run.recipe.model_dump(mode="json"), configuration(run))) if run.recipe else {}
 
 
 def command(run: Run) -> str:
@@ -79,11 +79,12 @@ def _source(request: Request) -> dict[str, Any]:
     return source
 
 
-def _differences(recipe: Any, run: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def differences(recipe: Any, run: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, value) wherever `run` differs from `recipe`."""
     both = isinstance(recipe, dict) and isinstance(run, dict)
     if both and recipe.get("kind") == run.get("kind"):
         for key in run:
-            yield from _differences(recipe.get(key), run[key], f"{path}.{key}" if path else key)
+            yield from differences(recipe.get(key), run[key], f"{path}.{key}" if path else key)
     elif recipe != run:
         yield path, run
 
