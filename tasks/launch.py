@@ -79,8 +79,9 @@ def command(stage: Stage, directory: Path, runtime: Runtime) -> list[str]:
     own = [sys.executable, *stage.command(str(directory))]
     if not stage.parallel or (count == 1 and runtime.nodes == 1):
         return own
+    torchrun = "torch.distributed.run"
     if runtime.nodes == 1:
-        meeting = ["--standalone"]
+        torchrun, meeting = "gpt2.torchrun", []
     elif runtime.rendezvous is None:
         raise UserError(
             f"runtime.nodes is {runtime.nodes} and runtime.rendezvous is not given: use host:port of node 0"
@@ -94,7 +95,7 @@ def command(stage: Stage, directory: Path, runtime: Runtime) -> list[str]:
         ]
     # Each rank is tied to torchrun as torchrun is to the flow: it gives every rank a session of its own.
     rank = [sys.executable, "-I", "-S", TETHER, "0", *own]
-    return [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc-per-node={count}", "--no-python", *rank]
+    return [sys.executable, "-m", torchrun, *meeting, f"--nproc-per-node={count}", "--no-python", *rank]
 
 
 def typed(stage: Stage, directory: Path, runtime: Runtime) -> str:
@@ -105,7 +106,7 @@ def typed(stage: Stage, directory: Path, runtime: Runtime) -> str:
         start = shown.index("torch.distributed.run")
         shown = ["torchrun", *(word for word in shown[start + 1 :] if word != sys.executable)]
     else:
-        shown[0] = "python"
+        shown = ["python", *(word for word in shown if word != sys.executable)]
     return shlex.join(shown)
 
 

@@ -74,7 +74,7 @@ def test_one_process_is_plain_python(tmp_path: Path) -> None:
 def test_every_gpu_gets_a_process(tmp_path: Path, four_gpus: None) -> None:
     runtime = Runtime()
     assert launch.typed(STAGES["train"], tmp_path, runtime) == (
-        f"torchrun --standalone --nproc-per-node=4 -m gpt2.train {tmp_path}"
+        f"python -m gpt2.torchrun --nproc-per-node=4 -m gpt2.train {tmp_path}"
     )
     assert launch.processes(STAGES["tokenize"], runtime) == 1
     assert launch.processes(STAGES["train"], Runtime(gpus=2)) == 2
@@ -88,6 +88,34 @@ def test_nodes_meet_at_the_rendezvous(tmp_path: Path, four_gpus: None) -> None:
     assert {"--nnodes=2", "--rdzv-endpoint=head:29500", "--rdzv-id=train-0f3a", "--nproc-per-node=4"} <= set(words)
     with pytest.raises(UserError, match=r"nodes is 2 and runtime\.rendezvous is not given"):
         launch.command(STAGES["train"], directory, Runtime(nodes=2))
+
+
+LISTENING = """
+import os
+import psutil
+from gpt2.distributed import from_env, leave
+
+world = from_env("cpu")
+world.barrier()
+if world.is_main:
+    for process in (psutil.Process(), psutil.Process(os.getppid())):
+        for connection in process.net_connections("tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                print("listening on", connection.laddr.ip, flush=True)
+world.barrier()
+leave()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_one_machine_listen_on_loopback_alone(tmp_path: Path) -> None:
+    """Bug: torchrun's store answers anybody in the network."""
+    (tmp_path / "listen.py").write_text(LISTENING)
+    words = [sys.executable, "-m", "gpt2.torchrun", "--nproc-per-node=2", str(tmp_path / "listen.py")]
+    lines: list[str] = []
+    launch.run(words, on_line=lines.append, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = {line.removeprefix("listening on ") for line in lines if line.startswith("listening on ")}
+    assert found == {"127.0.0.1"}, lines
 
 
 def test_more_gpus_than_there_are(four_gpus: None) -> None:

@@ -88,11 +88,11 @@ def test_commands_of_readme_name_what_there_is() -> None:
                 overrides = parse_overrides(shlex.split(given.get("ARGS", "")))
                 load(given["CONF"], {key: value for key, value in overrides.items() if not key.startswith("runtime.")})
         elif "-m" in words:
-            name = words[words.index("-m") + 1]
-            assert importlib.util.find_spec(name) is not None, name
+            for name in (words[i + 1] for i, word in enumerate(words) if word == "-m"):
+                assert importlib.util.find_spec(name) is not None, name
         elif words[:3] == ["prefect", "deployment", "run"]:
             assert words[3].partition("/")[2] in deployments, words
-    assert {"make", "python", "torchrun", "prefect"} <= seen
+    assert {"make", "python", "prefect"} <= seen
 
 
 PROMPT = '`touch pwned` $HOME $(x) $$ "q" it\'s; #'

@@ -83,7 +83,7 @@ def set_runtime(directory: Path, **changes: Any) -> None:
 def command(directory: Path, processes: int = 1, module: str = "gpt2.train") -> list[str]:
     start = [sys.executable, "-m"]
     if processes > 1:
-        start += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        start += ["gpt2.torchrun", f"--nproc-per-node={processes}", "-m"]
     return [*start, module, str(directory)]
 
 
@@ -91,7 +91,7 @@ def faulty(directory: Path, processes: int, cause: str, phase: str, rank: int, s
     """The command of a run that is struck by a fault."""
     start = [sys.executable]
     if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        start += ["-m", "gpt2.torchrun", f"--nproc-per-node={processes}"]
     return [
         *start,
         str(Path(__file__).with_name("faulty_train.py")),
