@@ -17,12 +17,15 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from flows.environment import HOST, PORTS, START_SECONDS, answers, database_url
+from flows.databases import locked, make_ready, mlflow_database, prefect_database
+from flows.environment import HOST, PORTS, START_SECONDS, answers, last_words, wait_until_up
+from flows.prefect_server import DATABASE, database_url, settle_prefect
 from gpt2.atomic import write_text
 from gpt2.config import Runtime
 from gpt2.errors import UserError
@@ -69,16 +72,19 @@ def up(store: Path, ports: dict[str, int]) -> None:
     for service, port in ports.items():
         if _process(store, service) is None:
             _check_port(service, port)
-    prefect, mlflow = running(store).get("prefect"), running(store).get("mlflow")
-    if prefect is None:
-        prefect = f"http://{HOST}:{ports['prefect']}/api"
-        words = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])]
-        _start(store, "prefect", words, prefect, {"PREFECT_API_DATABASE_CONNECTION_URL": database_url(store)})
-    if mlflow is None:
-        mlflow = f"http://{HOST}:{ports['mlflow']}"
-        _start(store, "mlflow", mlflow_command(store, ports["mlflow"]), mlflow)
-    _wait(store, "prefect", f"{prefect}/health")
-    _wait(store, "mlflow", f"{mlflow}/health")
+    with locked(store):
+        prefect, mlflow = running(store).get("prefect"), running(store).get("mlflow")
+        if prefect is None:
+            make_ready(prefect_database(store))
+            prefect = f"http://{HOST}:{ports['prefect']}/api"
+            words = ["prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])]
+            _start(store, "prefect", [sys.executable, "-m", *words], prefect, {DATABASE: database_url(store)})
+        if mlflow is None:
+            make_ready(mlflow_database(store))
+            mlflow = f"http://{HOST}:{ports['mlflow']}"
+            _start(store, "mlflow", mlflow_command(store, ports["mlflow"]), mlflow)
+        _wait(store, "prefect", f"{prefect}/health")
+        _wait(store, "mlflow", f"{mlflow}/health")
     if _process(store, "worker") is None:
         from flows.deploy import announce
 
@@ -156,16 +162,21 @@ def _start(store: Path, service: str, words: list[str], url: str, env: dict[str,
 
 
 def _wait(store: Path, service: str, url: str) -> None:
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
-        if answers(url):
-            return
-        if _process(store, service) is None:
-            break
-        time.sleep(0.3)
-    log = _note(store, service).with_suffix(".log")
-    last = log.read_text(errors="replace").strip().splitlines()[-3:]
-    raise UserError(f"{service} did not come up at {url}; its log {log} ends: {' | '.join(last)}")
+    if not wait_until_up(service, url, lambda: _process(store, service) is not None):
+        log = _note(store, service).with_suffix(".log")
+        raise UserError(f"{service} did not come up at {url}: {last_words(log.read_text(errors='replace'))}; log {log}")
+
+
+def connect(store: Path) -> None:
+    """Let this process use the services that `up` has started on this store, and a Prefect server and an MLflow
+    database in the store where it has not."""
+    up = running(store)
+    if "mlflow" in up:
+        os.environ.setdefault("MLFLOW_TRACKING_URI", up["mlflow"])
+    elif not os.environ.get("MLFLOW_TRACKING_URI"):
+        with suppress(OSError), locked(store):  # a store that cannot be written to: tracking reports it
+            make_ready(mlflow_database(store))
+    settle_prefect(store, up.get("prefect"))
 
 
 # ----------------------------------------------------------------------------------------------------- down, worker
