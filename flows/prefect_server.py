@@ -33,10 +33,14 @@ _until_exit = ExitStack()
 
 def settle_prefect(store: Path, api_url: str | None = None, auth: str | None = None) -> None:
     """Use the server that PREFECT_API_URL or the active profile names, else the one at `api_url`, else start one with
-    its state in the store. For the rest of this process: what Prefect has to say about a run, it says until the end."""
+    its state in the store. For the rest of this process: what Prefect has to say about a run, it says until the end.
+
+    Args:
+        auth: user:password for the server at `api_url`, where it asks for them
+    """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
-    if PREFECT_API_URL.value():
+    if PREFECT_API_URL.value() not in (None, api_url):
         return
     atexit.register(_until_exit.close)  # hooks run in reverse: after those that Prefect registers from here on
     page = None
