@@ -20,7 +20,7 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 from prefect.exceptions import ObjectAlreadyExists
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Crashed
 
 from gpt2.errors import UserError
@@ -31,20 +31,29 @@ SILENCE = timedelta(seconds=90)
 """after which a flow run counts as crashed; three heartbeats (flows.environment)"""
 
 
-def announce(api_url: str, store: Path) -> None:
+def announce(api_url: str, store: Path, auth: str | None = None) -> None:
     """Create the work pool, the automation and all deployments on the server at `api_url`; runs write to `store`.
+
+    Args:
+        auth: user:password, where the server asks for them
 
     Raises:
         UserError: a deployment could not be made.
     """
-    with temporary_settings(updates={PREFECT_API_URL: api_url}):
+    with temporary_settings(updates={PREFECT_API_URL: api_url, PREFECT_API_AUTH_STRING: auth}):
         with get_client(sync_client=True) as client, suppress(ObjectAlreadyExists):
             client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
         _watch_for_silence()
     made = subprocess.run(
         [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
         cwd=ROOT,
-        env={**os.environ, "PREFECT_API_URL": api_url, "GPT2_STORE": str(store), "PWD": str(ROOT)},
+        env={
+            **os.environ,
+            "PREFECT_API_URL": api_url,
+            **({"PREFECT_API_AUTH_STRING": auth} if auth else {}),
+            "GPT2_STORE": str(store),
+            "PWD": str(ROOT),
+        },
         capture_output=True,
         text=True,
     )
@@ -77,11 +86,12 @@ def _watch_for_silence() -> None:
     ).create()
 
 
-def crash_running(api_url: str, reason: str) -> int:
+def crash_running(api_url: str, reason: str, auth: str | None = None) -> int:
     """Mark the flow runs that a stopped worker has left behind as crashed; how many."""
     states = [StateType.RUNNING, StateType.CANCELLING]
     left = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=states)))
-    with temporary_settings(updates={PREFECT_API_URL: api_url}), get_client(sync_client=True) as client:
+    server = temporary_settings(updates={PREFECT_API_URL: api_url, PREFECT_API_AUTH_STRING: auth})
+    with server, get_client(sync_client=True) as client:
         runs = [run for run in client.read_flow_runs(flow_run_filter=left) if run.work_pool_name == POOL]
         for run in runs:
             client.set_flow_run_state(run.id, Crashed(message=reason), force=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import re
 import signal
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import httpx
 from prefect import flow
 from prefect import runtime as prefect_runtime
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
@@ -26,7 +26,6 @@ from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 
 from flows import services
-from flows.environment import settle_prefect
 from gpt2.config import RunConfig, Runtime, Section
 from gpt2.console import command
 from gpt2.errors import REFUSED, UserError, presentable, without_credentials
@@ -234,15 +233,15 @@ def from_command_line(
         overrides = parse_overrides(given.overrides)
         config, how = configure(given.recipe, overrides, given.runtime, None)
         plan(config, how.store)  # what is wrong with it is better said before anything is started
-        up = services.running(how.store)
-        if "mlflow" in up:
-            os.environ.setdefault("MLFLOW_TRACKING_URI", up["mlflow"])
-        settle_prefect(how.store, up.get("prefect"))
+        services.connect(how.store)
         last_words = run(given.recipe, overrides, given.runtime, how)
     except StageCrashed as error:
         return _stopped(f"error: {error}; {again}", 1)
     except (StageFailed, UserError) as error:
         return _stopped(f"error: {error}", 2)
+    except httpx.HTTPError as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        return _stopped(f"error: Prefect's server fails: {reason}; {again}", 1)
     except KeyboardInterrupt:
         return _stopped(f"stopped; {again}", 130)
     except Terminated:

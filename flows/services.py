@@ -1,34 +1,41 @@
 """Prefect server, MLflow and a worker in the background.
 
-    python -m flows.services up [--store DIR] [--prefect-port 4200] [--mlflow-port 5000]
+    python -m flows.services up [--store DIR] [--prefect-port 4200] [--mlflow-port 5000] [--no-auth]
     python -m flows.services down | status
     python -m flows.services worker      in the foreground, for a server elsewhere (PREFECT_API_URL)
 
-What runs is noted in <store>/services, beside the logs.
+What runs is noted in <store>/services, beside the logs. The folder is its owner's alone, as it also holds the user name
+and password that both servers ask for: whoever may start a deployment runs code as the user of the worker.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from flows.environment import HOST, PORTS, START_SECONDS, answers, database_url
+from flows.databases import locked, make_ready, mlflow_database, prefect_database
+from flows.environment import HOST, PORTS, START_SECONDS, answers, last_words, wait_until_up
+from flows.prefect_server import DATABASE, database_url, settle_prefect
 from gpt2.atomic import write_text
 from gpt2.config import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
 from gpt2.recipe import names
 
+USER = "gpt2"
 STOP_SECONDS = 60.0
 """the worker's share is the longest: a training under it writes a checkpoint first"""
 
@@ -58,11 +65,63 @@ def running(store: Path) -> dict[str, str]:
     return {service: process[1]["url"] for service, process in found.items() if process}
 
 
+# ------------------------------------------------------------------------------------------------------ authentication
+
+
+def _login(store: Path) -> str:
+    """user:password of the services on this store, made once."""
+    path = store / "services" / "login"
+    if not path.exists():
+        write_text(path, f"{USER}:{secrets.token_urlsafe(24)}")
+    return path.read_text()
+
+
+def client_environment(store: Path) -> dict[str, str]:
+    """The variables with which Prefect's and MLflow's clients reach what `up` has started on this store."""
+    environment = {}
+    if found := _process(store, "prefect"):
+        environment["PREFECT_API_URL"] = found[1]["url"]
+        if found[1].get("auth"):
+            environment["PREFECT_API_AUTH_STRING"] = _login(store)
+    if found := _process(store, "mlflow"):
+        environment["MLFLOW_TRACKING_URI"] = found[1]["url"]
+        if found[1].get("auth"):
+            user, _, password = _login(store).partition(":")
+            environment |= {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
+    return environment
+
+
+def _server_environment(store: Path) -> dict[str, str]:
+    """The variables with which both servers ask for the login."""
+    if importlib.util.find_spec("flask_wtf") is None:
+        raise UserError("MLflow's authentication needs Flask-WTF: make install, or make up ARGS=--no-auth")
+    user, _, password = _login(store).partition(":")
+    config = store / "services" / "mlflow-auth.ini"
+    lines = {
+        "default_permission": "NO_PERMISSIONS",
+        "database_uri": f"sqlite:///{config.with_name('mlflow-users.db')}",
+        "admin_username": user,
+        "auth_cache_ttl_seconds": "60",  # hashing a password takes longer than most requests
+    }
+    write_text(config, "[mlflow]\n" + "".join(f"{name} = {value}\n" for name, value in lines.items()))
+    return {
+        "PREFECT_SERVER_API_AUTH_STRING": f"{user}:{password}",
+        "PREFECT_API_AUTH_STRING": f"{user}:{password}",  # the server's own services are clients of it
+        "MLFLOW_AUTH_CONFIG_PATH": str(config),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": password,
+    }
+
+
 # --------------------------------------------------------------------------------------------------------------- up
 
 
-def up(store: Path, ports: dict[str, int]) -> None:
+def up(store: Path, ports: dict[str, int], *, auth: bool = True) -> None:
     """Start what is not running yet, wait until it answers, and deploy every recipe.
+
+    Args:
+        auth: whether both servers ask for the login; on a machine that others use, whoever can post to Prefect's port
+            runs code through the worker, and so does a web page in the browser.
 
     Raises:
         UserError: a port is in use, or a service did not come up.
@@ -70,30 +129,42 @@ def up(store: Path, ports: dict[str, int]) -> None:
     for service, port in ports.items():
         if _process(store, service) is None:
             _check_port(service, port)
-    prefect, mlflow = running(store).get("prefect"), running(store).get("mlflow")
-    if prefect is None:
-        prefect = f"http://{HOST}:{ports['prefect']}/api"
-        words = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])]
-        _start(store, "prefect", words, prefect, {"PREFECT_API_DATABASE_CONNECTION_URL": database_url(store)})
-    if mlflow is None:
-        mlflow = f"http://{HOST}:{ports['mlflow']}"
-        _start(store, "mlflow", mlflow_command(store, ports["mlflow"]), mlflow)
-    _wait(store, "prefect", f"{prefect}/health")
-    _wait(store, "mlflow", f"{mlflow}/health")
+    folder = store / "services"
+    folder.mkdir(parents=True, exist_ok=True)
+    folder.chmod(0o700)
+    asks = _server_environment(store) if auth else {}
+    with locked(store):
+        prefect, mlflow = running(store).get("prefect"), running(store).get("mlflow")
+        if prefect is None:
+            make_ready(prefect_database(store))
+            prefect = f"http://{HOST}:{ports['prefect']}/api"
+            words = ["prefect", "server", "start", "--host", HOST, "--port", str(ports["prefect"])]
+            given = {DATABASE: database_url(store), "PREFECT_API_URL": prefect, **asks}  # the URL: its page asks there
+            _start(store, "prefect", [sys.executable, "-m", *words], prefect, given)
+        if mlflow is None:
+            make_ready(mlflow_database(store))
+            mlflow = f"http://{HOST}:{ports['mlflow']}"
+            _start(store, "mlflow", mlflow_command(store, ports["mlflow"], auth=auth), mlflow, asks)
+        _wait(store, "prefect", f"{prefect}/health")
+        _wait(store, "mlflow", f"{mlflow}/health")
     if _process(store, "worker") is None:
         from flows.deploy import announce
 
-        announce(prefect, store)
-        _start(store, "worker", worker_command(), "", {"MLFLOW_TRACKING_URI": mlflow})
+        clients = client_environment(store)
+        announce(prefect, store, clients.get("PREFECT_API_AUTH_STRING"))
+        _start(store, "worker", worker_command(), "", clients)
+    exports = "".join(f"export {name}={value}\n" for name, value in client_environment(store).items())
+    write_text(folder / "env", exports)
     print(f"Prefect  {prefect.removesuffix('/api')}")
     print(f"MLflow   {mlflow}")
-    print(f"logs     {store / 'services'}")
-    print("start a recipe:  .venv/bin/prefect deployment run reproduce-gpt2/demo    with")
-    print(f"                 PREFECT_API_URL={prefect}")
+    if client_environment(store).get("PREFECT_API_AUTH_STRING"):
+        print(f"login    {folder / 'login'} holds user:password; Prefect's page wants them as they stand there")
+    print(f"logs     {folder}")
+    print(f"start a recipe:  source {folder / 'env'}; .venv/bin/prefect deployment run reproduce-gpt2/demo")
     print(f"recipes: {', '.join(names())}; stop it all: make down")
 
 
-def mlflow_command(store: Path, port: int) -> list[str]:
+def mlflow_command(store: Path, port: int, *, auth: bool = False) -> list[str]:
     """One process is enough for one person's page; by default it is a dozen, with 2.6 GB."""
     from tasks.mlflow_runs import client, ensure_experiment
 
@@ -102,6 +173,7 @@ def mlflow_command(store: Path, port: int) -> list[str]:
     return [
         *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", uri, "--artifacts-destination", str(store / "mlartifacts")),
+        *(("--app-name", "basic-auth") if auth else ()),
     ]
 
 
@@ -136,11 +208,8 @@ def _owner(port: int) -> str:
 
 def _start(store: Path, service: str, words: list[str], url: str, env: dict[str, str] | None = None) -> None:
     note = _note(store, service)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    api = running(store).get("prefect") or (url if service == "prefect" else "")
     given = {
         **os.environ,
-        "PREFECT_API_URL": api,  # the server too: its page asks there
         "GPT2_STORE": str(store),
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         **(env or {}),
@@ -153,20 +222,27 @@ def _start(store: Path, service: str, words: list[str], url: str, env: dict[str,
             words, env=given, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
     created = psutil.Process(process.pid).create_time()
-    write_text(note, json.dumps({"pid": process.pid, "created": created, "url": url}))
+    auth = "PREFECT_API_AUTH_STRING" in (env or {})
+    write_text(note, json.dumps({"pid": process.pid, "created": created, "url": url, "auth": auth}))
 
 
 def _wait(store: Path, service: str, url: str) -> None:
-    until = time.monotonic() + START_SECONDS
-    while time.monotonic() < until:
-        if answers(url):
-            return
-        if _process(store, service) is None:
-            break
-        time.sleep(0.3)
-    log = _note(store, service).with_suffix(".log")
-    last = log.read_text(errors="replace").strip().splitlines()[-3:]
-    raise UserError(f"{service} did not come up at {url}; its log {log} ends: {' | '.join(last)}")
+    if not wait_until_up(service, url, lambda: _process(store, service) is not None):
+        log = _note(store, service).with_suffix(".log")
+        raise UserError(f"{service} did not come up at {url}: {last_words(log.read_text(errors='replace'))}; log {log}")
+
+
+def connect(store: Path) -> None:
+    """Let this process use the services that `up` has started on this store, and a Prefect server and an MLflow
+    database in the store where it has not."""
+    up = client_environment(store)
+    mlflow = up.get("MLFLOW_TRACKING_URI")
+    if mlflow and os.environ.get("MLFLOW_TRACKING_URI", mlflow) == mlflow:
+        os.environ.update({name: value for name, value in up.items() if name.startswith("MLFLOW_")})
+    elif not os.environ.get("MLFLOW_TRACKING_URI"):
+        with suppress(OSError), locked(store):  # a store that cannot be written to: tracking reports it
+            make_ready(mlflow_database(store))
+    settle_prefect(store, up.get("PREFECT_API_URL"), up.get("PREFECT_API_AUTH_STRING"))
 
 
 # ----------------------------------------------------------------------------------------------------- down, worker
@@ -185,7 +261,8 @@ def down(store: Path) -> list[str]:
         if service == "worker" and (api := running(store).get("prefect")):
             from flows.deploy import crash_running
 
-            crash_running(api, "make down; run it again to go on")
+            auth = client_environment(store).get("PREFECT_API_AUTH_STRING")
+            crash_running(api, "make down; run it again to go on", auth)
     return stopped
 
 
@@ -210,7 +287,7 @@ def worker(store: Path) -> None:
         if time.monotonic() > until:
             raise UserError(f"no Prefect server answers at {api}: is it running, and PREFECT_API_URL right?")
         time.sleep(1)
-    announce(api, store)
+    announce(api, store, os.environ.get("PREFECT_API_AUTH_STRING"))
     command = worker_command()
     os.execv(command[0], command)
 
@@ -246,11 +323,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--store", type=Path, default=os.environ.get("GPT2_STORE") or Runtime().store)
     for service, port in PORTS.items():
         parser.add_argument(f"--{service}-port", type=int, default=port)
+    parser.add_argument("--no-auth", action="store_true", help="up: both servers trust every user of this machine")
     given = parser.parse_args(arguments)
     store = Runtime(store=given.store).store
     try:
         if given.what == "up":
-            up(store, {service: getattr(given, f"{service}_port") for service in PORTS})
+            up(store, {service: getattr(given, f"{service}_port") for service in PORTS}, auth=not given.no_auth)
         elif given.what == "down":
             print(f"stopped: {', '.join(down(store)) or 'nothing was running'}")
         elif given.what == "worker":

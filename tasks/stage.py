@@ -86,8 +86,10 @@ class ManifestKeys(WritableFileSystem):
             result=manifest,
             metadata=ResultRecordMetadata(storage_key=str(result), serializer=JSONSerializer()),
         )
-        with atomic_write(result) as file:
-            file.write(record.serialize_result())
+        content = record.serialize_result()
+        if not result.is_file() or result.read_bytes() != content:  # a full disk does not turn a hit into a miss
+            with atomic_write(result) as file:
+                file.write(content)
         return record.serialize_metadata()
 
     async def aread_path(self, path: str) -> bytes:

@@ -54,7 +54,7 @@ class Tracking:
         self._thread.join(self._close_seconds)
         if self._thread.is_alive() or self._failing is not None:
             logger.warning(
-                "MLflow at %s has not got everything (%s); nothing is lost: the same command sends the rest",
+                "MLflow at %s is incomplete (%s); the store holds everything: the same command sends what is missing",
                 self._address,
                 _short(self._failing) if self._failing else f"no answer within {self._close_seconds:.0f} s",
             )

@@ -6,16 +6,18 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import yaml
+from waiting import free_port, gone, wait_for, written
 
 from flows import services
 from flows.environment import answers
@@ -23,12 +25,6 @@ from gpt2 import recipe
 from gpt2.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_every_recipe_has_a_deployment() -> None:
@@ -68,6 +64,27 @@ def test_another_process_with_the_old_number_is_not_ours(tmp_path: Path) -> None
     assert services.down(tmp_path) == []
     note.write_text(json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time(), "url": "here"}))
     assert services.running(tmp_path) == {"prefect": "here"}
+
+
+def test_the_login_goes_to_our_own_servers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a tracking server elsewhere is sent the password of the one on this store."""
+    (tmp_path / "services").mkdir()
+    ours = {"prefect": "http://127.0.0.1:1/api", "mlflow": "http://127.0.0.1:2"}
+    for service, url in ours.items():
+        note = {"pid": os.getpid(), "created": psutil.Process().create_time(), "url": url, "auth": True}
+        (tmp_path / "services" / f"{service}.json").write_text(json.dumps(note))
+    settled: list[Any] = []
+    monkeypatch.setattr(services, "settle_prefect", lambda *given: settled.append(given))
+    monkeypatch.setattr(os, "environ", {"MLFLOW_TRACKING_URI": "http://elsewhere"})
+    services.connect(tmp_path)
+    assert os.environ == {"MLFLOW_TRACKING_URI": "http://elsewhere"}
+    monkeypatch.setattr(os, "environ", {})
+    services.connect(tmp_path)
+    login = (tmp_path / "services" / "login").read_text()
+    names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+    assert os.environ["MLFLOW_TRACKING_URI"] == ours["mlflow"]
+    assert ":".join(os.environ[name] for name in names) == login
+    assert settled == [(tmp_path, ours["prefect"], login)] * 2
 
 
 def test_a_worker_needs_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +127,7 @@ class Up:
         started = self.services("up", *ports)
         assert started.returncode == 0, started.stderr
         self.urls = services.running(store)
-        self.env["PREFECT_API_URL"] = self.urls["prefect"]
+        self.env |= services.client_environment(store)
 
     def services(self, *words: str) -> Any:
         command = [sys.executable, "-m", "flows.services", *words, "--store", str(self.store)]
@@ -130,18 +147,18 @@ def up(store: Path, fake_stages: Callable[..., None]) -> Iterator[Up]:
         services.down(store)
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s"
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_up_deploy_run_cancel_down(up: Up) -> None:
     """The documented path, and a cancellation from the page: training must end in order, not live on as an orphan."""
     assert up.services("up").returncode == 0  # once more changes nothing
     assert services.running(up.store) == up.urls
+
+    # Whoever may post here runs code as us: no other user of the machine, and no page in a browser.
+    for url in (f"{up.urls['prefect']}/flows/filter", f"{up.urls['mlflow']}/api/2.0/mlflow/experiments/search"):
+        assert httpx.post(url, json={"max_results": 1} if "mlflow" in url else {}).status_code == 401
+    folder = up.store / "services"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert up.env["PREFECT_API_AUTH_STRING"] in (folder / "env").read_text()
 
     overrides = '{"train.max_steps": 12, "train.optim.warmup_steps": 2}'
     done = up.prefect("deployment", "run", "reproduce-gpt2/demo", "-p", f"overrides={overrides}", "--watch")
@@ -161,13 +178,22 @@ def test_up_deploy_run_cancel_down(up: Up) -> None:
     started = up.prefect("deployment", "run", "reproduce-gpt2/demo", "-p", 'overrides={"train.seed": 7}')
     flow_run = re.search(r"[0-9a-f]{8}-[0-9a-f-]{27}", started.stdout)
     assert flow_run, started.stdout + started.stderr
-    wait_for(lambda: any(up.store.glob("train/*/waiting")))
+    wait_for(lambda: any(written(path) for path in up.store.glob("train/*/waiting")))
     (waiting,) = up.store.glob("train/*/waiting")
     assert up.prefect("flow-run", "cancel", flow_run.group()).returncode == 0
-    wait_for((waiting.parent / "saved").exists)
+    wait_for(lambda: written(waiting.parent / "saved"))
     pid = int(waiting.read_text())
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: gone(pid))
     wait_for(lambda: "CANCELLED" in up.prefect("flow-run", "inspect", flow_run.group()).stdout.upper())
+
+    # A flow from the command line finds the login; MLflow has its run only if it does.
+    words = ["demo", f"runtime.store={up.store}", "train.max_steps=12", "train.optim.warmup_steps=2"]
+    plain = {name: value for name, value in up.env.items() if name not in services.client_environment(up.store)}
+    flow = subprocess.run(
+        [sys.executable, "-m", "flows.reproduce", *words], env=plain, capture_output=True, text=True, timeout=300
+    )
+    assert flow.returncode == 0 and "WARNING" not in flow.stderr, flow.stderr
+    assert flow.stderr.count("Cached") == 6 and f"{up.urls['mlflow']}/#/experiments/" in flow.stdout
 
     down = up.services("down")
     assert down.stdout == "stopped: worker, mlflow, prefect\n"

@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from prefect.artifacts import Artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.settings import PREFECT_API_URL
+from waiting import wait_for, written
 
 from flows.reproduce import Outcome, reproduce
 from gpt2.errors import UserError
@@ -208,16 +208,9 @@ def command_line(store: Path, fake_stages: Callable[..., None], prefect_server: 
     yield CommandLine(store, {**os.environ, "PREFECT_API_URL": PREFECT_API_URL.value() or ""})
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s"
-        time.sleep(0.05)
-
-
 def training(store: Path) -> Path | None:
     """Where a training waits."""
-    return next((path.parent for path in store.glob("train/*/waiting")), None)
+    return next((path.parent for path in store.glob("train/*/waiting") if written(path)), None)
 
 
 def test_errors_are_one_line_and_a_status(command_line: CommandLine, fake_stages: Callable[..., None]) -> None:
@@ -252,8 +245,8 @@ def test_whatever_ends_the_flow_ends_training_in_order(
     assert directory is not None
     flow.send_signal(number)
     assert flow.wait(60) == expected
-    wait_for((directory / "saved").exists)
-    assert (directory / "saved").read_text() == "SIGTERM"
+    wait_for(lambda: written(directory / "saved"))
+    assert written(directory / "saved") == "SIGTERM"
     if number != signal.SIGKILL:
         assert "run the same command again to go on" in command_line.output.read_text().splitlines()[-1]
     command_line.env["FAKE_STAGES"] = "{}"

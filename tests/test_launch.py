@@ -4,12 +4,10 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import pytest
+from waiting import gone, wait_for, written
 
 from gpt2 import machine
 from gpt2.config import Runtime
@@ -41,17 +39,6 @@ inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 Path(sys.argv[1], "pids").write_text(str(inner.pid))
 time.sleep(600)
 """
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until, f"not within {seconds} s"
-        time.sleep(0.02)
-
-
-def gone(pid: int) -> bool:
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 # ------------------------------------------------------------------------------------------------------- the command
@@ -209,21 +196,21 @@ def test_an_interruption_gives_the_child_time_to_save(tmp_path: Path) -> None:
     lines: list[str] = []
 
     def interrupt() -> None:
-        if (tmp_path / "pid").exists():
+        if written(tmp_path / "pid"):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         launch.run(
             [sys.executable, "-c", WAITER, str(tmp_path)], on_tick=interrupt, on_line=lines.append, tick_seconds=0.05
         )
-    assert (tmp_path / "saved").exists()
+    assert written(tmp_path / "saved") == "saved"
     assert lines == ["saved"]
     assert gone(int((tmp_path / "pid").read_text()))
 
 
 def test_a_child_that_does_not_end_is_killed_with_its_own(tmp_path: Path) -> None:
     def interrupt() -> None:
-        if (tmp_path / "pids").exists():
+        if written(tmp_path / "pids"):
             raise RuntimeError("cancelled")
 
     with pytest.raises(RuntimeError, match="cancelled"):
@@ -237,10 +224,10 @@ def test_kill_9_of_the_parent_ends_the_child_in_order(tmp_path: Path) -> None:
     """A training that nobody watches any more would hold its GPUs for days."""
     code = f"from tasks.launch import run; import sys; run([sys.executable, '-c', {WAITER!r}, {str(tmp_path)!r}])"
     parent = subprocess.Popen([sys.executable, "-c", code])
-    wait_for((tmp_path / "pid").exists)
+    wait_for(lambda: written(tmp_path / "pid"))
     parent.kill()
     parent.wait()
-    wait_for((tmp_path / "saved").exists)
+    wait_for(lambda: written(tmp_path / "saved"))
     wait_for(lambda: gone(int((tmp_path / "pid").read_text())))
 
 
@@ -253,11 +240,11 @@ def test_kill_9_of_torchrun_ends_the_ranks_in_order(tmp_path: Path, monkeypatch:
     stage = STAGES["train"].model_copy(update={"module": "waiting_stage"})
     words = launch.command(stage, tmp_path, Runtime(gpus=0, processes=2))
     agent = subprocess.Popen(words)
-    wait_for(lambda: all((tmp_path / rank / "pid").exists() for rank in "01"), 60)
+    wait_for(lambda: all(written(tmp_path / rank / "pid") for rank in "01"))
     agent.kill()
     agent.wait()
     for rank in "01":
-        wait_for((tmp_path / rank / "saved").exists)
+        wait_for(lambda rank=rank: written(tmp_path / rank / "saved"))  # type: ignore[misc]
         wait_for(lambda rank=rank: gone(int((tmp_path / rank / "pid").read_text())))  # type: ignore[misc]
 
 

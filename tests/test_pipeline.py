@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import yaml
 from safetensors.numpy import load_file
+from waiting import written
 
 from gpt2.manifest import EvaluateFacts, Manifest, ReportFacts, TrainFacts, read_model
 from gpt2.plan import Plan, plan
@@ -195,8 +196,8 @@ def test_killed_anywhere_any_number_of_times_it_ends_in_the_same_weights(
             time.sleep(rng.random() * 2)
         else:
             while not manifest.exists() and time.monotonic() < deadline:
-                done = metrics.read_text().splitlines() if metrics.exists() else []
-                if done and json.loads(done[-1] if done[-1].endswith("}") else done[-2])["step"] >= int(moment):
+                whole = [line for line in written(metrics).splitlines(keepends=True) if line.endswith("}\n")]
+                if whole and json.loads(whole[-1])["step"] >= int(moment):
                     break
                 time.sleep(0.005)
         assert process.poll() is None, "it ended before it could be killed"

@@ -8,11 +8,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from waiting import wait_for, written
 
 from gpt2 import version
 from gpt2.atomic import atomic_write, write_text
@@ -108,9 +108,8 @@ def test_a_bug_shows_its_traceback_and_leaves_no_manifest(tmp_path: Path) -> Non
 def test_two_processes_one_works_the_other_waits(tmp_path: Path) -> None:
     path = directory(tmp_path, "slow")
     first = start(path)
-    while not (path / "ran.txt").exists():
-        assert first.poll() is None
-        time.sleep(0.02)
+    wait_for(lambda: written(path / "ran.txt") or first.poll() is not None)
+    assert first.poll() is None
     second = start(path)
     assert second.stdout is not None
     said = second.stdout.readline()  # the first works on until it is told that the second waits
@@ -125,8 +124,8 @@ def test_a_killed_holder_lets_go_of_the_lock(tmp_path: Path) -> None:
     """A lock file that outlives its holder would block every later run."""
     path = directory(tmp_path, "killed")
     holder = start(path)
-    while not (path / "ran.txt").exists():
-        time.sleep(0.02)
+    wait_for(lambda: written(path / "ran.txt") or holder.poll() is not None)
+    assert holder.poll() is None
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with StageDir(path).lock():

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from prefect import flow
@@ -67,6 +67,17 @@ def test_the_manifest_alone_is_the_record(pipeline: Path) -> None:
     """Prefect's own result files may be lost: with a second record, manifest and cache could disagree."""
     shutil.rmtree(pipeline / ".prefect")
     assert two_stages(pipeline) == {"download": "Cached", "tokenize": "Cached"}
+
+
+def test_a_full_disk_does_not_turn_a_hit_into_a_miss(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a finished run starts its stages again, because the copy of a manifest that Prefect reads is rewritten."""
+
+    def full(path: Path, mode: str = "wb") -> NoReturn:
+        raise UserError(f"no space left for {path}")
+
+    monkeypatch.setattr("tasks.stage.atomic_write", full)
+    assert two_stages(pipeline) == {"download": "Cached", "tokenize": "Cached"}
+    assert sessions(pipeline) == 1
 
 
 def test_a_copied_store_hits(pipeline: Path, tmp_path: Path) -> None:
