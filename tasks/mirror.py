@@ -1,7 +1,7 @@
 """What MLflow shows of a run of the pipeline, made to agree with the store.
 
-`Mirror.sync` may be called as often as one likes: what is there already is not sent again, so a resumed or repeated
-pipeline goes on with its MLflow run and never doubles it.
+`Mirror.sync` may be called at any time: what MLflow has is not sent again, so a resumed or repeated pipeline goes on
+with its MLflow run and never doubles it.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from gpt2.manifest import (
     TrainFacts,
     read_model,
 )
-from gpt2.metrics import NOT_METRICS
 from gpt2.plan import Plan
 from gpt2.stage import Provenance, git_commit
-from tasks.mlflow_runs import client, find_or_create, tracking_uri
-from tasks.progress import Tail
+from tasks.curves import Curves, Departed
+from tasks.mlflow_runs import IDENTITY, client, find_or_create, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
-BATCH = 1000
-"""metrics a request: MLflow's own limit"""
+ABANDONED, REPLACES = "gpt2.abandoned", "gpt2.replaces"
+"""tags: the steps of a course that training gave up, and on the run that goes on instead, the run that has them"""
 PARAM_LENGTH = 6000
 """MLflow's own limit"""
 
@@ -63,7 +63,8 @@ class Mirror:
     """Makes the MLflow run of a configuration agree with the store.
 
     The run's identity is the recipe's name and the address of its training, kept as a tag: the same weights, the same
-    run, whatever is evaluated or reported of them later.
+    run, whatever is evaluated or reported of them later. A training that goes back and takes another course, or is
+    repeated with other losses, gets a new run of the same identity; the old one is marked with the steps given up.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, store: Path, tags: dict[str, str] | None = None) -> None:
@@ -75,10 +76,11 @@ class Mirror:
         self.run_id: str | None = None
         self.experiment_id: str | None = None
         self._tags = tags or {}
-        self._tail = Tail(store / plan.train.address / METRICS)
+        self._curves: Curves | None = None
+        """of the run in use; None: MLflow is to be asked which run that is, and what it has"""
+        self._replaced: str | None = None
         self._sent: dict[str, Any] = {}
-        """what MLflow was told, in <store>/.mlflow/<run>.json: steps (metric -> highest step), and of tags, facts and
-        report the version, and the status"""
+        """what MLflow was told, in <store>/.mlflow/<run>.json: of tags, facts and report the version, and the status"""
         self._client: MlflowClient | None = None
 
     @property
@@ -104,10 +106,18 @@ class Mirror:
         Raises:
             Exception: whatever MLflow raises when it cannot be reached; the next call goes on where this one ended.
         """
-        self._find_run()
+        curves = self._find_run()
         self._send_tags()
         self._send_parameters()
-        self._send_metrics()
+        try:
+            curves.send()
+        except Departed:
+            self._curves = None
+            self.sync()  # on another run
+            return
+        except BaseException:
+            self._curves = None  # whether the last batch arrived, MLflow knows
+            raise
         self._send_data_set()
         self._send_facts()
         self._send_report()
@@ -125,9 +135,11 @@ class Mirror:
 
     # ------------------------------------------------------------------------------------------------------ the run
 
-    def _find_run(self) -> None:
-        if self.run_id is not None:
-            return
+    def _find_run(self) -> Curves:
+        """The run that metrics.jsonl goes on with, made if there is none; what of its curves MLflow has."""
+        if self._curves is not None:
+            return self._curves
+        found: dict[str, Curves] = {}
         run = find_or_create(
             self.mlflow,
             self.store,
@@ -135,33 +147,66 @@ class Mirror:
             self.identity,
             f"{self.config.name} {self.plan.train.address.rpartition('/')[2][:8]}",
             {"mlflow.source.name": "flows/reproduce.py"},
+            lambda run: self._goes_on_with(run, found),
         )
         self.experiment_id, self.run_id = run.info.experiment_id, run.info.run_id
-        self._sent = self._remembered()
-        if "steps" not in self._sent:
-            # A run that this store has no notes of: MLflow itself knows how far it is.
-            self._sent["steps"] = {
-                key: self._last_step(key) for key in run.data.metrics if not key.startswith("system/")
-            }
+        self._sent = self._remembered(run.info.run_id)
+        self._remember("identity", self.identity)  # at once: a run without notes is another store's
+        self._curves = found.get(run.info.run_id) or Curves(self.mlflow, run, self.metrics)
+        return self._curves
 
-    def _last_step(self, key: str) -> int:
-        assert self.run_id is not None
-        return max((metric.step for metric in self.mlflow.get_metric_history(self.run_id, key)), default=-1)
+    def _goes_on_with(self, run: Run, found: dict[str, Curves]) -> bool:
+        """Whether the run has the curves of this store's training, as far as both have come.
+
+        It may be another store's on the same server, or of a training that this store had at the same address.
+        """
+        curves = Curves(self.mlflow, run, self.metrics)
+        ours = self._notes(run.info.run_id).exists()
+        try:
+            common = curves.compare()
+        except Departed as departed:
+            if ours:
+                self._abandon(run, departed.step, curves.last_step)
+            return False
+        found[run.info.run_id] = curves
+        return ours or common
+
+    def _abandon(self, run: Run, step: int, last: int) -> None:
+        """Say on a run which of its steps are not of the training that goes on."""
+        self._replaced = self._replaced or f"{run.info.run_id} from step {step} on"
+        if ABANDONED in run.data.tags:
+            return
+        run_id, steps = run.info.run_id, f"steps {step} to {last}"
+        why = "training went back to an earlier step and has other losses since"
+        self.mlflow.update_run(run_id, name=f"{run.info.run_name} abandoned at step {step}")
+        self.mlflow.set_tag(
+            run_id,
+            "mlflow.note.content",
+            f"**Abandoned: {steps}.** {why[0].upper()}{why[1:]}. "
+            f"The whole course is in the newest run with {IDENTITY} = `{self.identity}`.",
+        )
+        if run.info.status == "RUNNING":
+            self.mlflow.set_terminated(run_id, status="KILLED")
+        self.mlflow.set_tag(run_id, ABANDONED, f"{steps}: {why}")  # last: it says that all of this is done
 
     @property
-    def _notes(self) -> Path:
-        return self.store / ".mlflow" / f"{self.run_id}.json"
+    def metrics(self) -> Path:
+        return self.store / self.plan.train.address / METRICS
 
-    def _remembered(self) -> dict[str, Any]:
+    def _notes(self, run_id: str) -> Path:
+        return self.store / ".mlflow" / f"{run_id}.json"
+
+    def _remembered(self, run_id: str) -> dict[str, Any]:
         try:
-            notes = json.loads(self._notes.read_text())
+            notes = json.loads(self._notes(run_id).read_text())
         except (FileNotFoundError, ValueError):
             return {}
         return notes if isinstance(notes, dict) else {}
 
     def _remember(self, key: str, value: Any) -> None:
+        assert self.run_id is not None
         self._sent[key] = value
-        write_text(self._notes, json.dumps(self._sent))
+        write_text(self._notes(self.run_id), json.dumps(self._sent))
 
     # ------------------------------------------------------------------------------------------------- what is sent
 
@@ -172,6 +217,7 @@ class Mirror:
             **{f"gpt2.address.{name}": request.address for name, request in requests.items()},
             "mlflow.source.git.commit": git_commit() or "",
             **self._tags,
+            **({REPLACES: self._replaced} if self._replaced else {}),
         }
         links = [f"**{key}**: {value}" for key, value in self._tags.items() if value.startswith("http")]
         tags["mlflow.note.content"] = "  \n".join([f"`{self.store / self.plan.report.address}`", *links])
@@ -199,38 +245,6 @@ class Mirror:
             self.run_id, yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False), "config.yaml"
         )
         self._remember("parameters", parameters)
-
-    def _send_metrics(self) -> None:
-        """Forward the new lines of training's metrics.jsonl under their own times.
-
-        A resumed training writes the steps after its checkpoint again. MLflow would keep both points, so of each
-        metric only steps beyond the highest one sent are forwarded.
-        """
-        from mlflow.entities import Metric
-
-        steps: dict[str, int] = dict(self._sent["steps"])
-        batch: list[Metric] = []
-        try:
-            for line in self._tail.lines():
-                step, time_ms = line["step"], int(line["time"] * 1000)
-                for key, value in line.items():
-                    if key in NOT_METRICS or not isinstance(value, int | float) or step <= steps.get(key, -1):
-                        continue
-                    batch.append(Metric(key, float(value), time_ms, step))
-                    steps[key] = step
-                if len(batch) > BATCH - 50:
-                    self._send_batch(batch, steps)
-                    batch = []
-            if batch:
-                self._send_batch(batch, steps)
-        except BaseException:
-            self._tail = Tail(self._tail.path)  # those lines were read and not sent
-            raise
-
-    def _send_batch(self, batch: list[Any], steps: dict[str, int]) -> None:
-        assert self.run_id is not None
-        self.mlflow.log_batch(self.run_id, metrics=batch, synchronous=True)
-        self._remember("steps", dict(steps))
 
     def _finished(self, request: Request) -> tuple[Manifest, Provenance] | None:
         directory = self.store / request.address

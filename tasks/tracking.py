@@ -92,9 +92,12 @@ class Tracking:
 
     def _watch_machine(self) -> None:
         """system/*: processor, memory, disk, network, GPUs, by MLflow's own monitor. It ends when MLflow fails it once,
-        and is then started anew."""
-        if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
-            return
+        and is then started again, as for another run."""
+        if self._monitor is not None and self._monitor._run_id == self.mirror.run_id:
+            if self._monitor._process is not None and self._monitor._process.is_alive():
+                return
+        else:
+            self._stop_monitor()
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._monitor = SystemMetricsMonitor(self.mirror.run_id, resume_logging=True, tracking_uri=self.mirror.uri)
