@@ -6,6 +6,7 @@ rollback, an older checkpoint, other kernels) therefore needs another MLflow run
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -111,3 +112,13 @@ class Curves:
 
 def _metrics(line: dict[str, Any]) -> Iterable[tuple[str, float]]:
     return ((k, float(v)) for k, v in line.items() if k not in NOT_METRICS and isinstance(v, int | float))
+
+
+def damaged_line(path: Path) -> str:
+    """Which line is the first that is not JSON, and why."""
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            json.loads(line)
+        except ValueError as error:
+            return f"line {number}: {error}"
+    return "no line: all are JSON again"

@@ -14,6 +14,7 @@ import yaml
 
 from gpt2.atomic import write_text
 from gpt2.config import RunConfig
+from gpt2.errors import UserError
 from gpt2.manifest import (
     MANIFEST,
     METRICS,
@@ -28,7 +29,7 @@ from gpt2.manifest import (
 )
 from gpt2.plan import Plan
 from gpt2.stage import Provenance, git_commit
-from tasks.curves import Curves, Departed
+from tasks.curves import Curves, Departed, damaged_line
 from tasks.mlflow_runs import IDENTITY, client, find_or_create, tracking_uri
 
 if TYPE_CHECKING:
@@ -106,17 +107,19 @@ class Mirror:
         Raises:
             Exception: whatever MLflow raises when it cannot be reached; the next call goes on where this one ended.
         """
-        curves = self._find_run()
-        self._send_tags()
-        self._send_parameters()
         try:
+            curves = self._find_run()
+            self._send_tags()
+            self._send_parameters()
             curves.send()
         except Departed:
             self._curves = None
             self.sync()  # on another run
             return
-        except BaseException:
+        except BaseException as error:
             self._curves = None  # whether the last batch arrived, MLflow knows
+            if isinstance(error, json.JSONDecodeError):
+                raise UserError(f"{self.metrics}, {damaged_line(self.metrics)}") from error
             raise
         self._send_data_set()
         self._send_facts()

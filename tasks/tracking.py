@@ -51,11 +51,8 @@ class Tracking:
         self._closing.set()
         self._thread.join(self._close_seconds)
         if self._thread.is_alive() or self._failing is not None:
-            logger.warning(
-                "MLflow at %s has not got everything (%s); nothing is lost: the same command sends the rest",
-                self.mirror.uri,
-                self._failing or f"no answer within {self._close_seconds:.0f} s",
-            )
+            problem = self._failing or TimeoutError(f"no answer within {self._close_seconds:.0f} s")
+            logger.warning("MLflow at %s lacks part of this run: %s", self.mirror.uri, remedy(problem, self.mirror.uri))
 
     # ------------------------------------------------------------------------------------------------- the thread
 
@@ -108,6 +105,22 @@ class Tracking:
             self._monitor.finish()
 
 
+def remedy(error: Exception, uri: str) -> str:
+    """What is wrong, what to do, and what stays lost. Metrics and results are in the store; system/* are not."""
+    if "sqlite3.DatabaseError" in str(error):
+        file = uri.partition(":///")[2] or "its database"
+        return (
+            f"{file} is damaged ({_short(error)}); move it away, then the same command records this run in a new "
+            "database; the runs and registered models in the damaged one are not restored by that"
+        )
+    return (
+        f"{_short(error)}; remove the cause, then the same command sends what is in the store; "
+        "system metrics that were not sent are lost"
+    )
+
+
 def _short(error: Exception) -> str:
+    """Its first line, without the middle of a long one: how a request failed stands at the end."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"

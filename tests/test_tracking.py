@@ -6,15 +6,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
 from gpt2.config import RunConfig, Runtime
+from gpt2.errors import UserError
 from gpt2.manifest import METRICS
 from gpt2.metrics import MetricsWriter, cut_after_step, read_metrics
 from gpt2.plan import Plan, plan, prepare
@@ -336,14 +340,74 @@ def test_a_server_that_is_down_costs_little(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By default one call to it blocks for four minutes and then raises into the training."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with Tracking(pipeline.mirror(), busy=True):
         began = time.monotonic()
         pipeline.run()
         work = time.monotonic() - began
         ended = time.monotonic()
     assert time.monotonic() - ended < 30, f"closing took {time.monotonic() - ended:.0f} s after {work:.0f} s of work"
-    assert "nothing is lost: the same command sends the rest" in caplog.text
+    last = caplog.messages[-1]
+    assert uri in last and "Connection refused" in last and "system metrics" in last
+
+
+def test_a_damaged_database_is_named_and_its_remedy_works(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """The message said that nothing is lost and that the same command sends the rest, which fails for ever."""
+    pipeline.run()
+    file = pipeline.store / "mlflow.db"
+    file.write_bytes(b"x" * 20_000)
+    with Tracking(pipeline.mirror(), busy=False):
+        pass
+    last = caplog.messages[-1]
+    assert f"{file} is damaged" in last and "file is not a database" in last and "move it away" in last
+    assert "not restored" in last and "\n" not in last
+    caplog.clear()
+    file.rename(file.with_suffix(".old"))
+    SqlAlchemyStore._engine_map.clear()  # as in a new process: the open engine reads the moved file
+    with Tracking(pipeline.mirror(), busy=False):
+        pass
+    assert not caplog.messages
+    (run,) = runs(pipeline.store)
+    assert losses(pipeline.store, run.info.run_id) == losses_of_file(pipeline.metrics)
+
+
+def test_an_error_that_the_server_answers_is_quoted(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal looked like a server that is down."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"error_code": "PERMISSION_DENIED", "message": "user 17 may not read"}).encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with Tracking(pipeline.mirror(), busy=False):
+                pass
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "user 17 may not read" in caplog.messages[-1] and "remove the cause" in caplog.messages[-1]
+
+
+def test_a_damaged_line_of_metrics_is_not_blamed_on_mlflow(pipeline: Pipeline) -> None:
+    write_steps(pipeline.metrics, 1, 3)
+    pipeline.metrics.write_bytes(pipeline.metrics.read_bytes().replace(b'"step": 2', b'"step" 2'))
+    with pytest.raises(UserError, match=r"metrics\.jsonl.*line 2"):
+        pipeline.mirror().sync()
 
 
 def test_the_relay_catches_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
