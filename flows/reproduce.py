@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import re
 import signal
 import sys
@@ -157,7 +158,10 @@ def _register(config: RunConfig, steps: Plan, how: Runtime, mirror: Mirror) -> N
     logger = get_run_logger()
     train, evaluate = (how.store / request.address for request in (steps.train, steps.evaluate))
     try:
-        registry.register(mirror.run_id, config.name, train, evaluate, mirror.uri, on_line=logger.info)
+        registry.register(
+            mirror.run_id, config.name, train, evaluate, mirror.uri,
+            upload_seconds=how.upload_seconds, on_line=logger.info,
+        )  # fmt: skip
     except Exception as error:
         logger.warning("the model is not in MLflow's registry (%s); the same command tries again", presentable(error))
 

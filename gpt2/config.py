@@ -318,6 +318,10 @@ class Runtime(Section):
         bool,
         Field(description="hash every local source and every file of a cached stage, not only those touched since"),
     ] = False
+    upload_seconds: Annotated[
+        Count | Auto,
+        Field(description="limit for logging the model to MLflow; auto: 300 s and 1 s per 4 MB of weights"),
+    ] = "auto"
     nodes: Processes = 1
     rendezvous: Annotated[str | None, Field(description="host:port of the c10d rendezvous, for nodes > 1")] = None
 

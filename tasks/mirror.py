@@ -1,7 +1,7 @@
 """What MLflow shows of a run of the pipeline, made to agree with the store.
 
-`Mirror.sync` may be called as often as one likes: what is there already is not sent again, so a resumed or repeated
-pipeline goes on with its MLflow run and never doubles it.
+`Mirror.sync` may be called at any time: what MLflow has is not sent again, so a resumed or repeated pipeline goes on
+with its MLflow run and never doubles it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gpt2.atomic import write_text
 from gpt2.config import RunConfig
-from gpt2.errors import without_credentials
+from gpt2.errors import UserError, without_credentials
 from gpt2.manifest import (
     MANIFEST,
     METRICS,
@@ -25,21 +25,21 @@ from gpt2.manifest import (
     TrainFacts,
     read_model,
 )
-from gpt2.metrics import NOT_METRICS
 from gpt2.plan import Plan
 from gpt2.stage import Provenance, is_finished
 from gpt2.strict_yaml import dump
 from gpt2.version import git_commit
+from tasks.curves import Curves, Departed, damaged_line
 from tasks.mlflow_runs import IDENTITY, client, find_or_create, tracking_uri
-from tasks.progress import Tail
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 TRAINED = "gpt2.digest.train"
 """tag: digest of the training's manifest"""
-BATCH = 1000
-"""metrics a request: MLflow's own limit"""
+ABANDONED, REPLACES = "gpt2.abandoned", "gpt2.replaces"
+"""tags: the steps of a course that training gave up, and on the run that goes on instead, the run that has them"""
 PARAM_LENGTH = 6000
 """MLflow's own limit"""
 
@@ -66,7 +66,8 @@ class Mirror:
     """Makes the MLflow run of a configuration agree with the store.
 
     The run's identity is the recipe's name and the address of its training, kept as a tag: the same weights, the same
-    run, whatever is evaluated or reported of them later.
+    run, whatever is evaluated or reported of them later. A training that goes back and takes another course, or is
+    repeated with other losses, gets a new run of the same identity; the old one is marked with the steps given up.
     """
 
     def __init__(self, config: RunConfig, plan: Plan, store: Path, tags: dict[str, str] | None = None) -> None:
@@ -77,13 +78,14 @@ class Mirror:
         self.identity = f"{config.name} {plan.train.address}"
         self.run_id: str | None = None
         self.experiment_id: str | None = None
-        self._trained: str | None = None
-        """digest of the training whose figures the run has"""
         self._tags = tags or {}
-        self._tail = Tail(store / plan.train.address / METRICS)
+        self._curves: Curves | None = None
+        """of the run in use; None: MLflow is to be asked which run that is, and what it has"""
+        self._trained: str | None = None
+        """digest of the training whose results the run holds"""
+        self._replaced: str | None = None
         self._sent: dict[str, Any] = {}
-        """what MLflow was told, in <store>/.mlflow/<run>.json: steps (metric -> highest step), and of tags, facts and
-        report the version, and the status"""
+        """what MLflow was told, in <store>/.mlflow/<run>.json: of tags, facts and report the version, and the status"""
         self._client: MlflowClient | None = None
 
     @property
@@ -109,11 +111,20 @@ class Mirror:
         Raises:
             Exception: whatever MLflow raises when it cannot be reached; the next call goes on where this one ended.
         """
-        self._find_run()
-        self._leave_run_of_earlier_weights()
-        self._send_tags()
-        self._send_parameters()
-        self._send_metrics()
+        try:
+            curves = self._find_run()
+            self._send_tags()
+            self._send_parameters()
+            curves.send()
+        except Departed:
+            self._curves = None
+            self.sync()  # on another run
+            return
+        except BaseException as error:
+            self._curves = None  # whether the last batch arrived, MLflow knows
+            if isinstance(error, json.JSONDecodeError):
+                raise UserError(f"{self.metrics}, {damaged_line(self.metrics)}") from error
+            raise
         self._send_data_set()
         self._send_facts()
         self._send_report()
@@ -131,9 +142,11 @@ class Mirror:
 
     # ------------------------------------------------------------------------------------------------------ the run
 
-    def _find_run(self) -> None:
-        if self.run_id is not None:
-            return
+    def _find_run(self) -> Curves:
+        """The run that metrics.jsonl goes on with, made if there is none; what of its curves MLflow has."""
+        if self._curves is not None and not self._holds_other_weights(self._trained):
+            return self._curves
+        found: dict[str, Curves] = {}
         run = find_or_create(
             self.mlflow,
             self.store,
@@ -141,46 +154,75 @@ class Mirror:
             self.identity,
             f"{self.config.name} {self.plan.train.address.rpartition('/')[2][:8]}",
             {"mlflow.source.name": "flows/reproduce.py"},
+            lambda run: self._goes_on_with(run, found),
         )
         self.experiment_id, self.run_id = run.info.experiment_id, run.info.run_id
         self._trained = run.data.tags.get(TRAINED)
-        self._sent = self._remembered()
-        if "steps" not in self._sent:
-            # A run that this store has no notes of: MLflow itself knows how far it is.
-            self._sent["steps"] = {
-                key: self._last_step(key) for key in run.data.metrics if not key.startswith("system/")
-            }
+        self._sent = self._remembered(run.info.run_id)
+        self._remember("identity", self.identity)  # at once: a run without notes is another store's
+        self._curves = found.get(run.info.run_id) or Curves(self.mlflow, run, self.metrics)
+        return self._curves
 
-    def _leave_run_of_earlier_weights(self) -> None:
-        """A training that was done again under its address gets a run of its own: the curve and the figures of the
-        earlier weights stay on theirs, under another identity."""
-        done = self._finished(self.plan.train)
-        if done is None or self._trained in (None, done[0].digest):
+    def _holds_other_weights(self, digest: str | None) -> bool:
+        """Whether a run with results of the training `digest` is of other weights than the finished training's."""
+        if digest is None or (done := self._finished(self.plan.train)) is None:
+            return False
+        return digest != done[0].digest
+
+    def _goes_on_with(self, run: Run, found: dict[str, Curves]) -> bool:
+        """Whether the run has the curves of this store's training, as far as both have come.
+
+        It may be another store's on the same server, or of a training that this store had at the same address.
+        """
+        if self._holds_other_weights(run.data.tags.get(TRAINED)):
+            return False
+        curves = Curves(self.mlflow, run, self.metrics)
+        ours = self._notes(run.info.run_id).exists()
+        try:
+            common = curves.compare()
+        except Departed as departed:
+            if ours:
+                self._abandon(run, departed.step, curves.last_step)
+            return False
+        found[run.info.run_id] = curves
+        return ours or common
+
+    def _abandon(self, run: Run, step: int, last: int) -> None:
+        """Say on a run which of its steps are not of the training that goes on."""
+        self._replaced = self._replaced or f"{run.info.run_id} from step {step} on"
+        if ABANDONED in run.data.tags:
             return
-        assert self.run_id is not None and self._trained is not None
-        self.mlflow.set_tag(self.run_id, IDENTITY, f"{self.identity} {self._trained[:16]}")
-        self.run_id = None
-        self._tail = Tail(self._tail.path)
-        self._find_run()
-
-    def _last_step(self, key: str) -> int:
-        assert self.run_id is not None
-        return max((metric.step for metric in self.mlflow.get_metric_history(self.run_id, key)), default=-1)
+        run_id, steps = run.info.run_id, f"steps {step} to {last}"
+        why = "training went back to an earlier step and has other losses since"
+        self.mlflow.update_run(run_id, name=f"{run.info.run_name} abandoned at step {step}")
+        self.mlflow.set_tag(
+            run_id,
+            "mlflow.note.content",
+            f"**Abandoned: {steps}.** {why[0].upper()}{why[1:]}. "
+            f"The whole course is in the newest run with {IDENTITY} = `{self.identity}`.",
+        )
+        if run.info.status == "RUNNING":
+            self.mlflow.set_terminated(run_id, status="KILLED")
+        self.mlflow.set_tag(run_id, ABANDONED, f"{steps}: {why}")  # last: it says that all of this is done
 
     @property
-    def _notes(self) -> Path:
-        return self.store / ".mlflow" / f"{self.run_id}.json"
+    def metrics(self) -> Path:
+        return self.store / self.plan.train.address / METRICS
 
-    def _remembered(self) -> dict[str, Any]:
+    def _notes(self, run_id: str) -> Path:
+        return self.store / ".mlflow" / f"{run_id}.json"
+
+    def _remembered(self, run_id: str) -> dict[str, Any]:
         try:
-            notes = json.loads(self._notes.read_text())
+            notes = json.loads(self._notes(run_id).read_text())
         except (FileNotFoundError, ValueError):
             return {}
         return notes if isinstance(notes, dict) else {}
 
     def _remember(self, key: str, value: Any) -> None:
+        assert self.run_id is not None
         self._sent[key] = value
-        write_text(self._notes, json.dumps(self._sent))
+        write_text(self._notes(self.run_id), json.dumps(self._sent))
 
     # ------------------------------------------------------------------------------------------------- what is sent
 
@@ -191,6 +233,7 @@ class Mirror:
             **{f"gpt2.address.{name}": request.address for name, request in requests.items()},
             "mlflow.source.git.commit": git_commit() or "",
             **self._tags,
+            **({REPLACES: self._replaced} if self._replaced else {}),
         }
         links = [f"**{key}**: {value}" for key, value in self._tags.items() if value.startswith("http")]
         tags["mlflow.note.content"] = "  \n".join([f"`{self.store / self.plan.report.address}`", *links])
@@ -216,38 +259,6 @@ class Mirror:
             self.mlflow.log_batch(self.run_id, params=new[start : start + 100])
         self.mlflow.log_text(self.run_id, dump(self.config.model_dump(mode="json")), "config.yaml")
         self._remember("parameters", parameters)
-
-    def _send_metrics(self) -> None:
-        """Forward the new lines of training's metrics.jsonl under their own times.
-
-        A resumed training writes the steps after its checkpoint again. MLflow would keep both points, so of each
-        metric only steps beyond the highest one sent are forwarded.
-        """
-        from mlflow.entities import Metric
-
-        steps: dict[str, int] = dict(self._sent["steps"])
-        batch: list[Metric] = []
-        try:
-            for line in self._tail.lines():
-                step, time_ms = line["step"], int(line["time"] * 1000)
-                for key, value in line.items():
-                    if key in NOT_METRICS or not isinstance(value, int | float) or step <= steps.get(key, -1):
-                        continue
-                    batch.append(Metric(key, float(value), time_ms, step))
-                    steps[key] = step
-                if len(batch) > BATCH - 50:
-                    self._send_batch(batch, steps)
-                    batch = []
-            if batch:
-                self._send_batch(batch, steps)
-        except BaseException:
-            self._tail = Tail(self._tail.path)  # those lines were read and not sent
-            raise
-
-    def _send_batch(self, batch: list[Any], steps: dict[str, int]) -> None:
-        assert self.run_id is not None
-        self.mlflow.log_batch(self.run_id, metrics=batch, synchronous=True)
-        self._remember("steps", dict(steps))
 
     def _finished(self, request: Request) -> tuple[Manifest, Provenance] | None:
         directory = self.store / request.address

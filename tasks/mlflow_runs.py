@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,26 +65,34 @@ def ensure_experiment(mlflow: MlflowClient, store: Path, uri: str) -> str:
 
 
 def find_or_create(
-    mlflow: MlflowClient, store: Path, uri: str, identity: str, name: str, tags: Mapping[str, str]
+    mlflow: MlflowClient,
+    store: Path,
+    uri: str,
+    identity: str,
+    name: str,
+    tags: Mapping[str, str],
+    fits: Callable[[Run], bool] = lambda run: True,
 ) -> Run:
-    """The run with that identity, the oldest if there are several; made under `name` with `tags` if there is none.
+    """The newest run with that identity that `fits`; made under `name` with `tags` if there is none.
 
     Args:
         store: two processes that work on one store never make two runs.
     """
-    with _locked(store / ".mlflow" / "lock"):
+    with locked(store / ".mlflow" / "lock"):
         experiment = ensure_experiment(mlflow, store, uri)
         found = mlflow.search_runs(
-            [experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["attributes.start_time ASC"]
+            [experiment], f"tags.`{IDENTITY}` = '{identity}'", order_by=["attributes.start_time DESC"]
         )
-        if found:
-            return found[0]
+        for run in found:
+            if fits(run):
+                return run
         # with its identity from the first moment, or a later call would not find it
         return mlflow.create_run(experiment, run_name=name, tags={IDENTITY: identity, **tags})
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file; one process at a time does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -14,19 +14,22 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
+import signal
 import sys
-import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2.config import Auto
 from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
 from gpt2.stage import Provenance, StageDir
 from tasks import launch
 from tasks.mlflow_runs import client
+from tasks.workspace import workspace
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -97,6 +100,7 @@ def register(
     evaluate: Path | None,
     uri: str,
     *,
+    upload_seconds: int | Auto = "auto",
     on_line: Callable[[str], None] = print,
 ) -> str:
     """Log the final model of a training and register it as gpt2-<recipe>, once.
@@ -109,24 +113,23 @@ def register(
         train: directory of a finished train stage.
         evaluate: directory of the evaluate stage that measured it, or None.
         uri: of the tracking server or database; the registry is the same.
-        on_line: is told what is being done.
+        upload_seconds: see `Runtime`.
+        on_line: called with each line of the process that logs the model.
 
     Returns:
         The version's number.
 
     Raises:
         UserError: a stage is not finished.
-        StageFailed: the model could not be logged.
+        StageFailed: the model could not be logged, or not within `upload_seconds`.
         mlflow.exceptions.MlflowException: MLflow cannot be reached.
     """
     trained = Trained(_finished(train), _finished(evaluate) if evaluate else None, recipe)
     mlflow = client(uri)
     version = _find(mlflow, trained)
     if version is None:
-        # Weights of 6 GB through a server take longer than the ten seconds that suit everything else.
-        ours = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "1800", "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
-        env = {**os.environ, **ours, "MLFLOW_TRACKING_URI": uri}
-        launch.run([sys.executable, "-m", "tasks.registry", run_id, recipe, str(train)], env=env, on_line=on_line)
+        seconds = upload_limit(trained.train.facts(TrainFacts).n_params) if upload_seconds == "auto" else upload_seconds
+        _log_within(seconds, [run_id, recipe, str(train)], uri, on_line)
         version = _find(mlflow, trained)
         if version is None:
             raise launch.StageFailed(f"{trained.name} was logged, but the registry at {uri} does not show it")
@@ -137,6 +140,27 @@ def register(
     _log_metrics(mlflow, run_id, version, trained)
     _crown(mlflow, trained, str(version.version), on_line)
     return str(version.version)
+
+
+def upload_limit(n_params: int) -> int:
+    """Seconds: 300 for imports, export and small requests, and the fp32 weights at 4 MB/s."""
+    return 300 + 4 * n_params // 4_000_000
+
+
+def _log_within(seconds: int, arguments: list[str], uri: str, on_line: Callable[[str], None]) -> None:
+    until = time.monotonic() + seconds
+
+    def check() -> None:
+        if time.monotonic() > until:
+            raise launch.StageFailed(
+                f"logging the model at {uri} took more than {seconds} s; set runtime.upload_seconds to allow more"
+            )
+
+    # One request sends up to 6 GB: the ten seconds that suit the others are too few, MLflow's retries too many.
+    ours = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds), "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}
+    env = {**os.environ, **ours, "MLFLOW_TRACKING_URI": uri}
+    command = [sys.executable, "-m", "tasks.registry", *arguments]
+    launch.run(command, env=env, on_line=on_line, on_tick=check, grace_seconds=10)
 
 
 def _finished(path: Path) -> StageDir:
@@ -222,7 +246,12 @@ def log(run_id: str, recipe: str, train: Path) -> None:
             for model in logged
             if model.status == "READY" and trained.is_of(model.tags, model.creation_timestamp)
         ]
-        model_id = ready[0] if ready else _log_model(mlflow, experiment, run_id, trained)
+        begun = [
+            model.model_id
+            for model in logged
+            if model.source_run_id == run_id and trained.is_of(model.tags, model.creation_timestamp)
+        ]
+        model_id = ready[0] if ready else _log_model(mlflow, experiment, run_id, trained, begun[0] if begun else None)
         try:
             mlflow.create_registered_model(trained.name)
         except MlflowException:
@@ -236,7 +265,8 @@ def log(run_id: str, recipe: str, train: Path) -> None:
         )
 
 
-def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trained) -> str:
+def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trained, begun: str | None) -> str:
+    """begun: id of a model that a killed process left without its artifacts; it is completed instead of a new one."""
     from mlflow import pyfunc
     from mlflow.entities import LoggedModelOutput
     from mlflow.models import ModelSignature
@@ -252,17 +282,19 @@ def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trai
         params=ParamSchema([ParamSpec(name, kinds[type(value)], value) for name, value in PARAMETERS.items()]),
     )
     store = trained.train.path.parent.parent
-    with tempfile.TemporaryDirectory(dir=store, prefix=".registry-") as folder:
-        exported = export_hf(trained.train.path, Path(folder) / "model", name=trained.recipe)
-        model = mlflow.create_logged_model(
-            experiment,
-            name=trained.name,
-            source_run_id=run_id,
-            tags={ADDRESS: trained.address, DIGEST: trained.digest, RECIPE: trained.recipe},
+    with workspace(store) as folder:
+        exported = export_hf(trained.train.path, folder / "model", name=trained.recipe)
+        model_id = begun or str(
+            mlflow.create_logged_model(
+                experiment,
+                name=trained.name,
+                source_run_id=run_id,
+                tags={ADDRESS: trained.address, DIGEST: trained.digest, RECIPE: trained.recipe},
+            ).model_id
         )
         print(f"logging {trained.name}, {sum(f.stat().st_size for f in exported.iterdir()):,} bytes", flush=True)
         pyfunc.log_model(
-            model_id=model.model_id,
+            model_id=model_id,
             python_model=str(Path(__file__).with_name("serve_model.py")),
             artifacts={"model": str(exported)},
             code_paths=[str(Path(__file__).parents[1] / "gpt2")],
@@ -271,8 +303,8 @@ def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trai
             pip_requirements=[f"{name}=={_version(name)}" for name in REQUIREMENTS],
         )
     steps = trained.train.facts(TrainFacts).steps
-    mlflow.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=steps)])  # the run's page shows its model
-    return str(model.model_id)
+    mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, step=steps)])  # the run's page shows its model
+    return model_id
 
 
 def _version(distribution: str) -> str:
@@ -281,4 +313,5 @@ def _version(distribution: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # leaves no copy of the weights
     command(lambda: log(sys.argv[1], sys.argv[2], Path(sys.argv[3])))

@@ -53,11 +53,8 @@ class Tracking:
         self._closing.set()
         self._thread.join(self._close_seconds)
         if self._thread.is_alive() or self._failing is not None:
-            logger.warning(
-                "MLflow at %s is incomplete (%s); the store holds everything: the same command sends what is missing",
-                self._address,
-                _short(self._failing) if self._failing else f"no answer within {self._close_seconds:.0f} s",
-            )
+            problem = self._failing or TimeoutError(f"no answer within {self._close_seconds:.0f} s")
+            logger.warning("MLflow at %s lacks part of this run: %s", self._address, remedy(problem, self._address))
 
     # ------------------------------------------------------------------------------------------------- the thread
 
@@ -94,9 +91,12 @@ class Tracking:
 
     def _watch_machine(self) -> None:
         """system/*: processor, memory, disk, network, GPUs, by MLflow's own monitor. It ends when MLflow fails it once,
-        and is then started anew."""
-        if self._monitor is not None and self._monitor._process is not None and self._monitor._process.is_alive():
-            return
+        and is then started again, as for another run."""
+        if self._monitor is not None and self._monitor._run_id == self.mirror.run_id:
+            if self._monitor._process is not None and self._monitor._process.is_alive():
+                return
+        else:
+            self._stop_monitor()
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         self._monitor = SystemMetricsMonitor(self.mirror.run_id, resume_logging=True, tracking_uri=self.mirror.uri)
@@ -107,6 +107,22 @@ class Tracking:
             self._monitor.finish()
 
 
+def remedy(error: Exception, uri: str) -> str:
+    """What is wrong, what to do, and what stays lost. Metrics and results are in the store; system/* are not."""
+    if "sqlite3.DatabaseError" in str(error):
+        file = uri.partition(":///")[2] or "its database"
+        return (
+            f"{file} is damaged ({_short(error)}); move it away, then the same command records this run in a new "
+            "database; the runs and registered models in the damaged one are not restored by that"
+        )
+    return (
+        f"{_short(error)}; remove the cause, then the same command sends what is in the store; "
+        "system metrics that were not sent are lost"
+    )
+
+
 def _short(error: Exception) -> str:
+    """Its first line, without the middle of a long one: how a request failed stands at the end."""
     lines = str(error).strip().splitlines()
-    return without_credentials(lines[0] if lines else type(error).__name__)[:300]
+    text = without_credentials(lines[0] if lines else type(error).__name__)
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-200:]}"

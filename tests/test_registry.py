@@ -25,8 +25,9 @@ from gpt2.manifest import Request, TrainFacts, read_model
 from gpt2.model import GPT
 from gpt2.sample import stream
 from gpt2.stage import StageDir
+from tasks.launch import StageFailed
 from tasks.mlflow_runs import client, ensure_experiment
-from tasks.registry import ADDRESS, REQUIREMENTS, Trained, _crown, _find, register
+from tasks.registry import ADDRESS, REQUIREMENTS, Trained, _crown, _find, register, upload_limit
 
 
 @pytest.fixture(autouse=True)
@@ -117,6 +118,37 @@ def test_weights_trained_again_are_another_version(model: GPT, tmp_path: Path) -
     assert register(run_id, "toy", train, None, uri) == "2"
     assert register(run_id, "toy", train, None, uri) == "2"
     assert len(mlflow.search_logged_models([mlflow.get_run(run_id).info.experiment_id])) == 1
+
+
+@pytest.mark.slow
+def test_a_killed_registration_leaves_no_copy_of_the_weights(model: GPT, store: Path) -> None:
+    """Each kill left the exported folder in the store, and one more half-logged model in MLflow."""
+    train = store_with_a_training(store, model)
+    uri = f"sqlite:///{store}/mlflow.db"
+    mlflow = client(uri)
+    experiment = ensure_experiment(mlflow, store, uri)
+    run_id = mlflow.create_run(experiment).info.run_id
+
+    def kill(number: signal.Signals) -> list[Path]:
+        with subprocess.Popen(
+            [sys.executable, "-m", "tasks.registry", run_id, "toy", str(train)],
+            env={**os.environ, "MLFLOW_TRACKING_URI": uri},
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            assert any("logging gpt2-toy" in line for line in process.stdout)
+            process.send_signal(number)
+        return list(store.glob(".registry-*"))
+
+    (left,) = kill(signal.SIGKILL)
+    assert (left / "model" / "model.safetensors").stat().st_size > 4 * model.config.n_params()
+    assert kill(signal.SIGTERM) == [], "neither its own folder nor the other's"
+    assert register(run_id, "toy", train, None, uri) == "1"
+    assert not list(store.glob(".registry-*"))
+    (logged,) = mlflow.search_logged_models([experiment])
+    assert logged.status == "READY"
+    assert len(list(store.glob("mlartifacts/**/model.safetensors"))) == 1
 
 
 @pytest.mark.slow
@@ -264,6 +296,28 @@ def test_the_best_loss_is_champion(model: GPT, tmp_path: Path) -> None:
     assert champion_after(seed=5, val_loss=1.0, val_tokens=500) == "2"
     assert "validated on other tokens" in told[0]
     assert champion_after(seed=6, val_loss=3.1) == "6"
+
+
+@pytest.mark.slow
+def test_a_server_that_accepts_and_never_answers_is_given_up(
+    model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flow waited up to an hour per request."""
+    train = store_with_a_training(tmp_path, model)
+    monkeypatch.setattr("tasks.registry._find", lambda mlflow, trained: None)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(StageFailed, match=r"more than 15 s.*upload_seconds"):
+            register("0" * 32, "toy", train, None, uri, upload_seconds=15)
+        assert time.monotonic() - began < 60
+        silent.settimeout(0)
+        silent.accept()[0].close()  # the process did ask the server
+
+
+def test_the_limit_grows_with_the_weights() -> None:
+    """A fixed one that suits 124M would end each upload of 1558M."""
+    assert {millions: upload_limit(millions * 1_000_000) for millions in (124, 1558)} == {124: 424, 1558: 1858}
 
 
 def test_an_unfinished_training_is_refused(model: GPT, tmp_path: Path) -> None:

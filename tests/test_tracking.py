@@ -6,24 +6,28 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from waiting import free_port, wait_for
 
 from flows.services import where
 from gpt2.config import RunConfig, Runtime
+from gpt2.errors import UserError
 from gpt2.manifest import METRICS, TrainFacts
-from gpt2.metrics import MetricsWriter, cut_after_step
+from gpt2.metrics import MetricsWriter, cut_after_step, read_metrics
 from gpt2.plan import Plan, plan, prepare
 from gpt2.recipe import load
 from gpt2.stage import StageDir
-from tasks.mirror import Mirror, flatten
-from tasks.mlflow_runs import EXPERIMENT
+from tasks.mirror import ABANDONED, REPLACES, Mirror, flatten
+from tasks.mlflow_runs import EXPERIMENT, IDENTITY
 from tasks.tracking import Tracking
 
 pytestmark = pytest.mark.slow  # an MLflow database
@@ -129,29 +133,41 @@ def test_without_notes_mlflow_itself_knows_how_far_it_is(pipeline: Pipeline) -> 
     assert len(steps(pipeline.store, run.info.run_id, "final/val_loss")) == 1
 
 
+def write_steps(path: Path, first: int, last: int, offset: float = 0.0) -> None:
+    writer = MetricsWriter(path)
+    for step in range(first, last + 1):
+        writer.write(step, **{"train/loss": 10.0 - step + offset, "train/step_ms": time.time()})
+    writer.close()
+
+
+def losses(store: Path, run_id: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in client(store).get_metric_history(run_id, "train/loss"))
+
+
+def losses_of_file(path: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["train/loss"]) for line in read_metrics(path) if "train/loss" in line]
+
+
 @pytest.mark.parametrize("sees_the_cut", [True, False])
 def test_a_resumed_training_is_not_doubled(pipeline: Pipeline, sees_the_cut: bool) -> None:
     """Training cuts its file back to the checkpoint and writes those steps again, under other times; by the time of
     the next look the file may have grown past the old end."""
+    write_steps(pipeline.metrics, 1, 7)
     writer = MetricsWriter(pipeline.metrics)
-    for step in range(1, 8):
-        writer.write(step, **{"train/loss": 10.0 - step})
     writer.write(7, **{"val/loss": 3.0})
-    writer.close()
     mirror = pipeline.mirror()
     mirror.sync()
     time.sleep(0.01)
     cut_after_step(pipeline.metrics, 4)
     if sees_the_cut:
         mirror.sync()
-    writer = MetricsWriter(pipeline.metrics)
-    for step in range(5, 13):
-        writer.write(step, **{"train/loss": 10.0 - step})
-        if step == 7:
-            writer.write(7, **{"val/loss": 3.0})
+    write_steps(pipeline.metrics, 5, 7)
+    MetricsWriter(pipeline.metrics).write(7, **{"val/loss": 3.0})
+    write_steps(pipeline.metrics, 8, 12)
     mirror.sync()
-    assert mirror.run_id
+    assert mirror.run_id and len(runs(pipeline.store)) == 1
     assert steps(pipeline.store, mirror.run_id, "train/loss") == list(range(1, 13))
+    assert steps(pipeline.store, mirror.run_id, "train/step_ms") == list(range(1, 13))
     assert steps(pipeline.store, mirror.run_id, "val/loss") == [7]
 
 
@@ -180,6 +196,87 @@ def test_weights_trained_again_get_a_run_of_their_own(pipeline: Pipeline) -> Non
     other.sync()
     assert other.run_id == second
     assert client(pipeline.store).get_run(second).data.metrics["evaluate/val_loss"] == 2.0
+
+
+@pytest.mark.parametrize("new_session", [True, False])
+def test_after_a_rollback_no_run_joins_two_courses(pipeline: Pipeline, new_session: bool) -> None:
+    """Steps 5 to 7 of the abandoned course and 8 to 12 of the new one would stand in one curve."""
+    write_steps(pipeline.metrics, 1, 7)
+    mirror = pipeline.mirror()
+    mirror.sync()
+    mirror.set_status("RUNNING")
+    old = mirror.run_id
+    assert old
+    cut_after_step(pipeline.metrics, 4)
+    write_steps(pipeline.metrics, 5, 12, offset=0.25)
+    if new_session:
+        mirror = pipeline.mirror()
+    mirror.sync()
+    new = mirror.run_id
+    assert new and new != old
+    assert losses(pipeline.store, new) == losses_of_file(pipeline.metrics)
+    assert losses(pipeline.store, old) == [(step, 10.0 - step) for step in range(1, 8)]
+
+    abandoned, current = client(pipeline.store).get_run(old), client(pipeline.store).get_run(new)
+    assert abandoned.data.tags[ABANDONED].startswith("steps 5 to 7")
+    assert "steps 5 to 7" in abandoned.data.tags["mlflow.note.content"]
+    assert abandoned.info.run_name.endswith("abandoned at step 5") and abandoned.info.status == "KILLED"
+    assert current.data.tags[REPLACES] == f"{old} from step 5 on"
+    assert current.data.tags[IDENTITY] == abandoned.data.tags[IDENTITY]
+    assert current.data.params == abandoned.data.params and ABANDONED not in current.data.tags
+
+    for _ in range(2):  # a later session goes on with the new one
+        pipeline.mirror().sync()
+    assert len(runs(pipeline.store)) == 2 and losses(pipeline.store, new) == losses_of_file(pipeline.metrics)
+
+
+def test_trainings_of_two_stores_on_one_server_are_two_runs(
+    store: Path, tmp_path: Path, fake_stages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines, one recipe, one server: other rounding, other losses. Each would mark the other's run as
+    abandoned, and make one more run each time its command is repeated."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{store}/mlflow.db")
+    one, other = Pipeline(store), Pipeline(tmp_path / "other")
+    write_steps(one.metrics, 1, 5)
+    one.mirror().sync()
+    other.mirror().sync()  # before its first step
+    write_steps(other.metrics, 1, 9, offset=1e-5)
+    for _ in range(2):
+        for pipeline in (one, other):
+            mirror = pipeline.mirror()
+            mirror.sync()
+            assert mirror.run_id and losses(store, mirror.run_id) == losses_of_file(pipeline.metrics)
+    assert len(runs(store)) == 2 and not any(ABANDONED in run.data.tags for run in runs(store))
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_batch_whose_answer_is_lost_is_not_sent_twice(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, at_once: bool
+) -> None:
+    """MLflow stored it, and the process died before it knew, or the answer was lost. Meanwhile training resumed from a
+    checkpoint and wrote the same steps again, under other times."""
+    write_steps(pipeline.metrics, 1, 7)
+    mirror = pipeline.mirror()
+    real = MlflowClient.log_batch
+
+    def lose_the_answer(self: MlflowClient, run_id: str, metrics: Any = (), **rest: Any) -> None:
+        real(self, run_id, metrics=metrics, **rest)
+        if metrics:
+            raise ConnectionError("the answer is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lose_the_answer)
+        with pytest.raises(ConnectionError):
+            mirror.sync()
+    time.sleep(0.01)
+    cut_after_step(pipeline.metrics, 4)
+    write_steps(pipeline.metrics, 5, 9)
+    if not at_once:
+        mirror = pipeline.mirror()
+    mirror.sync()
+    assert mirror.run_id and len(runs(pipeline.store)) == 1
+    for key in ("train/loss", "train/step_ms"):
+        assert steps(pipeline.store, mirror.run_id, key) == list(range(1, 10))
 
 
 def test_other_experiments_are_other_runs_and_compare_step_by_step(
@@ -270,33 +367,91 @@ def test_a_server_that_is_down_costs_little(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By default one call to it blocks for four minutes and then raises into the training."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with Tracking(pipeline.mirror(), busy=True):
         began = time.monotonic()
         pipeline.run()
         work = time.monotonic() - began
         ended = time.monotonic()
     assert time.monotonic() - ended < 30, f"closing took {time.monotonic() - ended:.0f} s after {work:.0f} s of work"
-    assert "the same command sends what is missing" in caplog.text
+    last = caplog.messages[-1]
+    assert uri in last and "Connection refused" in last and "system metrics" in last
 
 
 def test_credentials_of_the_tracking_server_are_not_shown(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Bug: user:password of MLFLOW_TRACKING_URI stands in the log, in the last lines and in a link that is stored."""
-    with socket.socket() as closed:
-        closed.bind(("127.0.0.1", 0))
-        uri = f"http://ann:secret@127.0.0.1:{closed.getsockname()[1]}"
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-        monkeypatch.setattr(logging.getLogger("prefect"), "propagate", True)
-        mirror = pipeline.mirror()
-        with Tracking(mirror, busy=False):
-            pass
+    uri = f"http://ann:secret@127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setattr(logging.getLogger("prefect"), "propagate", True)
+    mirror = pipeline.mirror()
+    with Tracking(mirror, busy=False):
+        pass
     assert "http://127.0.0.1:" in caplog.text and "secret" not in caplog.text
     mirror.run_id, mirror.experiment_id = "0f", "1"
     assert mirror.page is not None and mirror.page.startswith("http://127.0.0.1:")
     shown = where(pipeline.store, "report/0f", mirror.fragment, "a1")
     assert "http://127.0.0.1:" in shown and "secret" not in shown
+
+
+def test_a_damaged_database_is_named_and_its_remedy_works(pipeline: Pipeline, caplog: pytest.LogCaptureFixture) -> None:
+    """The message said that nothing is lost and that the same command sends the rest, which fails for ever."""
+    pipeline.run()
+    file = pipeline.store / "mlflow.db"
+    file.write_bytes(b"x" * 20_000)
+    with Tracking(pipeline.mirror(), busy=False):
+        pass
+    last = caplog.messages[-1]
+    assert f"{file} is damaged" in last and "file is not a database" in last and "move it away" in last
+    assert "not restored" in last and "\n" not in last
+    caplog.clear()
+    file.rename(file.with_suffix(".old"))
+    SqlAlchemyStore._engine_map.clear()  # as in a new process: the open engine reads the moved file
+    with Tracking(pipeline.mirror(), busy=False):
+        pass
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    (run,) = runs(pipeline.store)
+    assert losses(pipeline.store, run.info.run_id) == losses_of_file(pipeline.metrics)
+
+
+def test_an_error_that_the_server_answers_is_quoted(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal looked like a server that is down."""
+
+    class Refuses(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = json.dumps({"error_code": "PERMISSION_DENIED", "message": "user 17 may not read"}).encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refuses) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            with Tracking(pipeline.mirror(), busy=False):
+                pass
+        finally:
+            server.shutdown()
+            thread.join()
+    assert "user 17 may not read" in caplog.messages[-1] and "remove the cause" in caplog.messages[-1]
+
+
+def test_a_damaged_line_of_metrics_is_not_blamed_on_mlflow(pipeline: Pipeline) -> None:
+    write_steps(pipeline.metrics, 1, 3)
+    pipeline.metrics.write_bytes(pipeline.metrics.read_bytes().replace(b'"step": 2', b'"step" 2'))
+    with pytest.raises(UserError, match=r"metrics\.jsonl.*line 2"):
+        pipeline.mirror().sync()
 
 
 def test_the_relay_catches_up(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
