@@ -149,7 +149,8 @@ def version_of(address: str) -> dict[str, str]:
     try:
         info = system.info(path)
     except FileNotFoundError:
-        raise UserError(f"input {address} is missing: correct the address") from None
+        name = address.rsplit("/", 1)[-1]
+        raise UserError(f"data file {name} is missing ({address}): correct the address") from None
     except OSError as error:
         raise CannotReadNow(f"{address} cannot be read now ({error}): put that right and run again") from error
     found = {name: str(info[name]) for name in VERSION_FIELDS if info.get(name) is not None}
