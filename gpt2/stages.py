@@ -35,6 +35,6 @@ STAGES = {
         Stage(name="evaluate", version=1, module="gpt2.evaluate", parallel=True, reproducible=False),
         Stage(name="pretrained", version=1, module="gpt2.baseline", parallel=False),
         Stage(name="harness", version=1, module="gpt2.harness_stage", parallel=False, reproducible=False),
-        Stage(name="report", version=2, module="gpt2.report", parallel=False, reproducible=False),
+        Stage(name="report", version=3, module="gpt2.report", parallel=False, reproducible=False),
     )
 }

@@ -143,7 +143,7 @@ def plan_of(units: Sequence[Unit], config: TokenizeConfig) -> str:
     """Fingerprint of the units and of how they become shards: whole shards of an earlier run are kept if it is the
     same. Where the files lie is no part of it."""
     parts = [unit.model_dump(exclude={"path"}) for unit in units]
-    settings = config.model_dump(exclude={"max_document_bytes"} if config.max_document_bytes is None else None)
+    settings = config.identity()
     return hashlib.sha256(canonical([parts, settings]).encode()).hexdigest()
 
 

@@ -175,7 +175,7 @@ def test_an_index_of_weights_names_only_files_of_its_folder(exported: Path, tmp_
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "../outside.safetensors"}}')
     with pytest.raises(UserError, match="is not a path inside"):
-        load_init(folder)
+        load_any(folder)
 
 
 class _Evil:

@@ -33,7 +33,7 @@ def digest(*arrays: NDArray[np.int64]) -> str:
 def test_golden_order_of_training_data(tmp_path: Path) -> None:
     """Bug: another permutation, seed, epoch or border of the loader at an unchanged address of `train`."""
     paths = write_shards(tmp_path, [1000, 999, 1234], 5)
-    write_aligned_starts(paths, 64, tmp_path / "starts.npy")
+    write_aligned_starts(paths, 64, tmp_path / "starts.npy", SOLO)
     orders = {
         "shuffled": Loader(paths, 16, 12, 42, 50_257),
         "another seed": Loader(paths, 16, 12, -7, 50_257),
