@@ -75,17 +75,17 @@ format: $(BIN)/.installed-test ## let ruff lay out the code
 	$(BIN)/ruff check --fix .
 
 bench-tokenize: $(STAMP) ## tokens/s beside the plain method
-	$(BIN)/python -m gpt2.bench_tokenize $(ARGS)
+	$(BIN)/python -m bench.tokenize $(ARGS)
 
 bench-train: $(STAMP) ## tokens/s and MFU; ARGS='--size 350m --check'
-	$(BIN)/python -m gpt2.bench_train $(ARGS)
+	$(BIN)/python -m bench.train $(ARGS)
 
 # what stands for the model: MODEL if given, else CONF's, with the overrides in ARGS
 NAMED  = $${MODEL:+"$$MODEL"}
 RECIPE = $(if $(MODEL),,--recipe $(CONF))
 
 sample: $(STAMP) ## text from a trained model: make sample PROMPT='...' [CONF=124m ARGS='field=value ...' | MODEL=folder]
-	$(BIN)/python -m gpt2.sample $(NAMED) --prompt "$$PROMPT" $(RECIPE) $(ARGS)
+	$(BIN)/python -m gpt2.generate $(NAMED) --prompt "$$PROMPT" $(RECIPE) $(ARGS)
 
 export: $(STAMP) ## a trained model as a Hugging Face folder: make export OUT=folder [CONF=124m ARGS='...' | MODEL=folder]
 	@test -n "$$OUT" || { echo "error: OUT is not given: make export OUT=folder" >&2; exit 2; }

@@ -13,16 +13,16 @@ from prefect import flow
 from prefect.context import FlowRunContext
 from prefect_dask import DaskTaskRunner, get_dask_client
 
-from gpt2.cluster import tokenize_to
-from gpt2.config import TokenizeConfig
-from gpt2.manifest import TokenizeFacts
+from gpt2.config.run import TokenizeConfig
+from gpt2.stage.manifest import TokenizeFacts
+from gpt2.tokenize.cluster import tokenize_to
 
 
 @flow(name="tokenize-on-cluster", task_runner=DaskTaskRunner())  # type: ignore[arg-type]
 def tokenize_on_cluster(
     inputs: list[str], output: str, config: TokenizeConfig | None = None, column: str = "text"
 ) -> TokenizeFacts:
-    """Shards and facts.json under `output`, the bytes of a single machine; see gpt2.cluster.
+    """Shards and facts.json under `output`, the bytes of a single machine; see gpt2.tokenize.cluster.
 
     The units are the cluster's tasks, thousands of them, and none of Prefect's: those would cost more than the work.
     """

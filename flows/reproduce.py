@@ -27,17 +27,18 @@ from prefect.client.orchestration import get_client
 from prefect.logging import get_run_logger
 
 from flows import services
-from gpt2.config import RunConfig, Runtime, Section
+from gpt2.config.recipe import load, load_runtime, parse_overrides
+from gpt2.config.run import RunConfig, Runtime
+from gpt2.config.section import Section
 from gpt2.console import command
 from gpt2.errors import REFUSED, UserError, presentable, without_credentials
-from gpt2.manifest import Manifest
 from gpt2.plan import BaselinePlan, Plan, plan
-from gpt2.recipe import load, load_runtime, parse_overrides
-from gpt2.stage import is_finished
+from gpt2.stage.directory import is_finished
+from gpt2.stage.manifest import Manifest
 from tasks import registry
 from tasks.launch import StageCrashed, StageFailed
-from tasks.mirror import Mirror
 from tasks.mlflow_runs import preload
+from tasks.mlflow_sync import Mirror
 from tasks.stage import benchmark, download, evaluate, harness, report, tokenize, train
 from tasks.tracking import Tracking
 

@@ -30,10 +30,10 @@ from flows.databases import locked, make_ready, mlflow_database, prefect_databas
 from flows.environment import HOST, PORTS, START_SECONDS, answers, last_words, wait_until_up
 from flows.prefect_server import DATABASE, database_url, settle_prefect
 from gpt2.atomic import write_text
-from gpt2.config import Runtime
+from gpt2.config.recipe import names
+from gpt2.config.run import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
-from gpt2.recipe import names
 
 USER = "gpt2"
 STOP_SECONDS = 60.0

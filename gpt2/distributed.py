@@ -1,4 +1,4 @@
-"""The processes of one run. The environment that torchrun sets is read here and nowhere else."""
+"""The processes of a distributed run. Only this module reads the environment that torchrun sets."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torch import distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run. Passed to whatever has to agree across processes."""
+    """This process and the process group. Passed as an argument to code that communicates."""
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
     store: dist.Store | None = field(default=None, compare=False)
-    """torchrun's key-value store: what must be said while a collective hangs"""
+    """torchrun's key-value store: works while a collective hangs"""
 
     @property
     def is_main(self) -> bool:
@@ -40,8 +40,8 @@ class World:
         """Each number summed over the processes, in float64."""
         return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
-    def each(self, value: float) -> list[float]:
-        """The number that every process gives, by rank."""
+    def all_gather(self, value: float) -> list[float]:
+        """The value of every process, ordered by rank."""
         return self.sum(*(value if rank == self.rank else 0.0 for rank in range(self.size)))
 
     def broadcast(self, tensor: Tensor) -> Tensor:
@@ -65,17 +65,17 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def tell(self, key: str, value: str = "") -> None:
-        """Leave word for the other processes, whatever they are doing."""
+    def publish(self, key: str, value: str = "") -> None:
+        """Set a key in the store, without a collective."""
         if self.store is not None:
             with suppress(RuntimeError):  # the store is gone with torchrun
                 self.store.set(f"gpt2/{key}", value)
 
-    def heard(self, key: str, *, if_gone: bool = True) -> bool:
-        """Whether some process left word under `key`; does not wait.
+    def is_published(self, key: str, *, if_gone: bool = True) -> bool:
+        """Whether a process set `key`; does not wait.
 
         Args:
-            if_gone: the answer where torchrun is gone, and all is over.
+            if_gone: the return value if torchrun, which hosts the store, has exited.
         """
         if self.store is None:
             return False
@@ -84,40 +84,40 @@ class World:
         except RuntimeError:
             return if_gone
 
-    def first_to_say(self, key: str) -> bool:
-        """Leave word under `key`; whether no other process had."""
+    def publish_first(self, key: str) -> bool:
+        """Count this process under `key`; whether it is the first one."""
         if self.store is None:
             return True
         try:
             return self.store.add(f"gpt2/{key}", 1) == 1
         except RuntimeError:
-            return False  # torchrun is gone: it is ending all of us
+            return False  # torchrun has exited and ends all ranks
 
     def wait_for(self, key: str) -> str:
-        """What rank 0 says under `key`, however long that takes."""
+        """Wait for `key` without a time limit; its value."""
         assert self.store is not None
         self.store.wait([f"gpt2/{key}"], FOREVER)
         return self.store.get(f"gpt2/{key}").decode()
 
 
 FOREVER = timedelta(days=365)
-SOLO = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
+SINGLE_PROCESS = World(rank=0, local_rank=0, size=1, device=torch.device("cpu"))
 
 
-def from_env(device: str | None = None) -> World:
-    """Join the run that torchrun started, or be the only process; as `locate`."""
-    world = locate(device)
-    join(world)
+def init_world(device: str | None = None) -> World:
+    """Read the environment and initialize the process group; see `world_from_env`."""
+    world = world_from_env(device)
+    init_process_group(world)
     return world
 
 
-def locate(device: str | None = None) -> World:
-    """This process's place in the run that torchrun started, or that of an only process.
+def world_from_env(device: str | None = None) -> World:
+    """The World that torchrun's environment describes; a single process without torchrun.
 
-    Each process takes the GPU of its local rank; without GPUs all use the CPU. Collectives work after `join`.
+    Each process uses the GPU of its local rank, or the CPU without GPUs. Collectives work after `init_process_group`.
 
     Args:
-        device: "cpu" to leave the GPUs alone.
+        device: "cpu" to use no GPU.
     """
     rank, local_rank, size = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
@@ -135,11 +135,11 @@ def locate(device: str | None = None) -> World:
     return World(rank, local_rank, size, place, store)
 
 
-def join(world: World, timeout: timedelta = timedelta(minutes=10)) -> None:
-    """Let the processes talk: NCCL between GPUs, gloo between CPUs.
+def init_process_group(world: World, timeout: timedelta = timedelta(minutes=10)) -> None:
+    """Initialize the default process group: NCCL between GPUs, gloo between CPUs.
 
     Args:
-        timeout: how long a collective waits for a process that hangs before this one gives up.
+        timeout: of a collective whose other ranks hang.
     """
     if world.store is not None:
         on_gpu = world.device.type == "cuda"
@@ -153,7 +153,7 @@ def join(world: World, timeout: timedelta = timedelta(minutes=10)) -> None:
         )
 
 
-def leave() -> None:
-    """End the communication between the processes, if there is any."""
+def destroy_process_group() -> None:
+    """Destroy the default process group, if it exists."""
     if dist.is_initialized():
         dist.destroy_process_group()

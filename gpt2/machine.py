@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 CHOICES = "GPT2_CHOICES"
-"""environment variable: where gpt2.kernels.choices keeps what it is told; without it nothing is kept"""
+"""environment variable: where gpt2.kernels.autotune_cache keeps what it is told; without it nothing is kept"""
 
 
 def cpu_count() -> int:

@@ -15,25 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from gpt2.architecture import check_architecture
-from gpt2.config import (
-    BenchmarkConfig,
-    Continuation,
-    HarnessConfig,
-    LocalFiles,
-    LocalModel,
-    ModelSource,
-    RunConfig,
-    Runtime,
-    Section,
-    TrainConfig,
-)
+from gpt2.config.benchmarks import BenchmarkConfig, Continuation
+from gpt2.config.recipe import load, load_runtime, parse_overrides
+from gpt2.config.run import HarnessConfig, RunConfig, Runtime, TrainConfig
+from gpt2.config.section import Section
+from gpt2.config.sources import LocalFiles, LocalModel, ModelSource
 from gpt2.console import command
+from gpt2.download.sources import BENCHMARK_FORMATS, HARNESS_FORMATS, MODEL_FORMATS, identify, identify_weights
 from gpt2.errors import UserError
-from gpt2.manifest import REQUEST, RUNTIME, Request, write_model
-from gpt2.recipe import load, load_runtime, parse_overrides
-from gpt2.sources import BENCHMARK_FORMATS, HARNESS_FORMATS, MODEL_FORMATS, identify, identify_weights
-from gpt2.stage import is_finished
-from gpt2.stages import STAGES
+from gpt2.stage.directory import is_finished
+from gpt2.stage.manifest import REQUEST, RUNTIME, Request, write_model
+from gpt2.stage.table import STAGES
 
 
 class Plan(Section):

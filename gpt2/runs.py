@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gpt2.config.recipe import load, load_runtime, parse_overrides
 from gpt2.errors import UserError
-from gpt2.manifest import MANIFEST, PROVENANCE, REQUEST, Manifest, Request, TrainFacts, read_model
 from gpt2.plan import plan
-from gpt2.recipe import load, load_runtime, parse_overrides
-from gpt2.report.again import differences
-from gpt2.stage import Provenance
+from gpt2.report.reproduce import differences
+from gpt2.stage.directory import Provenance
+from gpt2.stage.manifest import MANIFEST, PROVENANCE, REQUEST, Manifest, Request, TrainFacts, read_model
 
 
 @dataclass(frozen=True)

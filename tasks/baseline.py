@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt2.config import RunConfig
-from gpt2.manifest import MANIFEST, PROVENANCE, EvaluateFacts, Manifest, PretrainedFacts, read_model
+from gpt2.config.run import RunConfig
 from gpt2.plan import BaselinePlan
-from gpt2.stage import Provenance
-from tasks.mirror import evaluated
+from gpt2.stage.directory import Provenance
+from gpt2.stage.manifest import MANIFEST, PROVENANCE, EvaluateFacts, Manifest, PretrainedFacts, read_model
 from tasks.mlflow_runs import client, find_or_create, tracking_uri
+from tasks.mlflow_sync import evaluated
 
 MEASURED = "gpt2.digest.evaluate"
 """tag: digest of the evaluation's manifest"""

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gpt2.metrics import NOT_METRICS, read_metrics
+from gpt2.stage.metrics import NOT_METRICS, read_metrics
 from tasks.progress import Tail
 
 if TYPE_CHECKING:

@@ -21,10 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from gpt2.config import Runtime
+from gpt2.config.run import Runtime
 from gpt2.errors import UserError, presentable, without_credentials
 from gpt2.machine import cpu_count, gpu_names
-from gpt2.stages import Stage
+from gpt2.stage.table import Stage
 
 GRACE_SECONDS = 120.0
 """between SIGTERM and SIGKILL: the time to write a checkpoint (19 GB for 1558M with its optimizer state)"""
@@ -36,7 +36,7 @@ KEEP_MEMORY = {
 }
 """Have glibc keep what is freed. Else each step's logits (400 MB in the demo) come as fresh pages from the kernel: of a
 step of the demo's model on two cores that is 0.95 of 2.3 processor seconds, and 0.06 of 1.1 without."""
-TETHER = str(Path(__file__).with_name("tether.py"))
+TETHER = str(Path(__file__).with_name("exit_with_parent.py"))
 
 
 class StageFailed(Exception):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 from uuid import UUID
 
-from gpt2.metrics import parse_line
+from gpt2.stage.metrics import parse_line
 
 LOG_SECONDS = 10.0
 ARTIFACT_SECONDS = 5.0

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2.config import Auto
+from gpt2.config.run import Auto
 from gpt2.console import command
 from gpt2.errors import UserError
-from gpt2.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
-from gpt2.stage import Provenance, StageDir
+from gpt2.stage.directory import Provenance, StageDir
+from gpt2.stage.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
 from tasks import launch
 from tasks.mlflow_runs import client
 from tasks.workspace import workspace
@@ -272,7 +272,7 @@ def _log_model(mlflow: MlflowClient, experiment: str, run_id: str, trained: Trai
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    from gpt2.export import export_hf
+    from gpt2.export.hf import export_hf
     from tasks.serve_model import PARAMETERS
 
     kinds = {int: DataType.long, float: DataType.double, str: DataType.string}

@@ -12,9 +12,9 @@ from typing import Any
 import mlflow
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from gpt2.generate.sample import stream_batch
 from gpt2.machine import gpu_names
-from gpt2.pretrained import load_any
-from gpt2.sample import stream_batch
+from gpt2.model.load import load_any
 
 PARAMETERS: dict[str, Any] = {
     "tokens": 100,
@@ -27,7 +27,7 @@ PARAMETERS: dict[str, Any] = {
 
 
 class GPT2(PythonModel):
-    """Continues prompts. The parameters are those of `python -m gpt2.sample`."""
+    """Continues prompts. The parameters are those of `python -m gpt2.generate`."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_any(Path(context.artifacts["model"]), "cuda" if gpu_names() else "cpu")

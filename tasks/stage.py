@@ -25,12 +25,12 @@ from prefect.serializers import JSONSerializer
 from pydantic import PrivateAttr
 
 from gpt2.atomic import atomic_write
-from gpt2.config import Runtime
+from gpt2.config.run import Runtime
 from gpt2.machine import gpu_names
-from gpt2.manifest import MANIFEST, METRICS, REQUEST, Damaged, Manifest, Request, confined, read_model
 from gpt2.plan import prepare
-from gpt2.stage import StageDir
-from gpt2.stages import STAGES
+from gpt2.stage.directory import StageDir
+from gpt2.stage.manifest import MANIFEST, METRICS, REQUEST, Damaged, Manifest, Request, confined, read_model
+from gpt2.stage.table import STAGES
 from tasks import launch
 from tasks.gpu_locks import gpus_held
 from tasks.progress import Artifact, Bar, Display, LogLines, Watch

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from gpt2.errors import without_credentials
-from tasks.mirror import Mirror
+from tasks.mlflow_sync import Mirror
 
 EVERY_SECONDS = 2.0
 AT_MOST_EVERY_SECONDS = 30.0

@@ -50,7 +50,7 @@ def store(tmp_path: Path, empty_mlflow_db: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let every stage be started as fake_stages.py, here and in child processes; call it to say what they do."""
-    from gpt2.stages import STAGES
+    from gpt2.stage.table import STAGES
     from tasks import registry
 
     for name, stage in STAGES.items():

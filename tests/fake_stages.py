@@ -1,4 +1,4 @@
-"""Stages that take no time, for the tests of what runs stages: real processes in the real frame (gpt2.stage.main).
+"""Stages without work, for tests of what runs stages: real processes in the real frame (gpt2.stage.directory).
 
 Started as `python -m fake_stages DIRECTORY`. FAKE_STAGES in the environment may say otherwise for a stage, as JSON
 {stage: action}: "user error", "bug", "crash once" (ends itself with SIGKILL, once a directory), "wait" (until it is
@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 from gpt2.errors import UserError
-from gpt2.manifest import (
+from gpt2.stage.directory import StageDir, main
+from gpt2.stage.manifest import (
     BenchmarkFacts,
     DownloadFacts,
     EvaluateFacts,
@@ -25,8 +26,7 @@ from gpt2.manifest import (
     TokenizeFacts,
     TrainFacts,
 )
-from gpt2.metrics import cut_after_step
-from gpt2.stage import StageDir, main
+from gpt2.stage.metrics import cut_after_step
 
 CHECKPOINT_EVERY = 4
 

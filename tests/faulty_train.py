@@ -17,11 +17,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gpt2.checkpoint
-import gpt2.periodic
-from gpt2 import train
-from gpt2.distributed import join
-from gpt2.job import Job
+import gpt2.model.checkpoint
+import gpt2.train.evaluation
+from gpt2.distributed import init_process_group
+from gpt2.stage import torchrun
+from gpt2.train import loop
+from gpt2.train.trainer import Job
 
 EVALUATED_STEP = 8
 
@@ -58,17 +59,17 @@ def before(owner: Any, name: str, when: Callable[..., bool]) -> None:
 
 
 def main() -> None:
-    train.join = partial(join, timeout=timedelta(seconds=15))  # type: ignore[assignment]  # so that a hang ends soon
+    torchrun.init_process_group = partial(init_process_group, timeout=timedelta(seconds=15))  # type: ignore[assignment]  # so that a hang ends soon
     phase, rank, *given = sys.argv[3:]
     step = int(given[0]) if given else 5
     if os.environ.get("RANK", "0") == rank:
         if phase == "step":
             before(Job, "judge", lambda job, *_: job.progress.step == step)
         elif phase == "validation":
-            before(gpt2.periodic, "_val_loss", lambda job, _: job.progress.step == EVALUATED_STEP)
+            before(gpt2.train.evaluation, "_val_loss", lambda job, _: job.progress.step == EVALUATED_STEP)
         else:
-            before(gpt2.checkpoint, "write_tensors", lambda path, _: "08.tmp/optimizer" in str(path))
-    train.end(train.main([sys.argv[1]]))
+            before(gpt2.model.checkpoint, "write_tensors", lambda path, _: "08.tmp/optimizer" in str(path))
+    torchrun.exit_now(torchrun.main(loop.work, sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
-from gpt2.distributed import World, from_env, leave
+from gpt2.distributed import World, destroy_process_group, init_world
 
 
 def run_processes(size: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -31,6 +31,6 @@ def _start(rank: int, size: int, port: int, folder: Path, work: Callable[..., An
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    world: World = from_env("cpu")
+    world: World = init_world("cpu")
     (folder / str(rank)).write_bytes(pickle.dumps(work(world, *arguments)))
-    leave()
+    destroy_process_group()

@@ -10,7 +10,7 @@ import pytest
 
 from flows.reproduce import configure
 from gpt2.errors import UserError
-from gpt2.train import report
+from gpt2.stage.torchrun import report_failure
 
 ROOT = Path(__file__).parent.parent
 
@@ -58,11 +58,11 @@ def test_a_read_only_store_is_refused_before_anything_starts(tmp_path: Path, mon
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOTDIR])
 def test_training_in_a_read_only_store_is_one_line(number: int, capsys: pytest.CaptureFixture[str]) -> None:
-    status = report(OSError(number, os.strerror(number), "/store/train/0f/.lock"), None)
+    status = report_failure(OSError(number, os.strerror(number), "/store/train/0f/.lock"), None)
     (line,) = capsys.readouterr().err.splitlines()
     assert status == 2 and line.startswith("error: ") and "/store/train/0f/.lock" in line
 
 
 def test_an_error_that_may_pass_is_not_the_user_s(capsys: pytest.CaptureFixture[str]) -> None:
     """A connection that was refused is worth another try: the task retries status 1, not 2."""
-    assert report(ConnectionRefusedError(errno.ECONNREFUSED, "refused"), None) == 1
+    assert report_failure(ConnectionRefusedError(errno.ECONNREFUSED, "refused"), None) == 1

@@ -12,13 +12,13 @@ import pytest
 from pydantic import Field
 
 from gpt2.architecture import hf_config
-from gpt2.config import ModelConfig, RunConfig
+from gpt2.config.recipe import load, load_runtime
+from gpt2.config.run import ModelConfig, RunConfig
+from gpt2.config.section import ADDED, Section
 from gpt2.errors import UserError
-from gpt2.file_hashes import Stamp, sha256_file
-from gpt2.manifest import Request, canonical
 from gpt2.plan import Plan, plan, prepare
-from gpt2.recipe import load, load_runtime
-from gpt2.source_config import ADDED, Section
+from gpt2.stage.file_hashes import Stamp, sha256_file
+from gpt2.stage.manifest import Request, canonical
 
 
 def planned(tmp_path: Path, recipe: str = "124m", **overrides: object) -> Plan:

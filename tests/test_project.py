@@ -11,47 +11,26 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2.recipe import load, parse_overrides
+from gpt2.config.recipe import load, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
-def modules() -> set[str]:
-    found = {path.stem for path in (ROOT / "gpt2").glob("*.py")} - {"__init__"}
-    return found | {path.parent.name for path in (ROOT / "gpt2").glob("*/__init__.py")}
-
-
-def test_readme_s_tree_shows_every_module_and_no_other() -> None:
+def test_readme_s_tree_shows_every_package_and_shared_module() -> None:
     tree = re.search(r"```\n(conf/ .*?)```", README, re.DOTALL)
     assert tree is not None
-    library = tree.group(1).split("gpt2/ ")[1].split("\ntasks/")[0]
-    named = set()
-    for line in library.splitlines()[1:]:
-        if line.startswith("    "):
-            named |= set(re.split(r" {2,}", line.strip())[0].replace("/", "").split())
-    assert named - {"bpe.c"} == modules()
-
-
-def test_every_module_has_its_layer() -> None:
-    """A module that no contract names could import anything."""
-    contracts = {contract["name"]: contract for contract in PROJECT["tool"]["importlinter"]["contracts"]}
-    values = set(contracts["values: pydantic only"]["source_modules"])
-    data = set(contracts["data: never torch"]["source_modules"])
-    assert not values & data
-    tree = README.split("  torch\n")[1].split("\ntasks/")[0]
-    torch = {
-        f"gpt2.{name.strip('/')}" for line in tree.splitlines() for name in re.split(r" {2,}", line.strip())[0].split()
+    library = tree.group(1).split("gpt2/ ")[1].split("\nbench/")[0]
+    named = {
+        re.split(r" {2,}", line.strip())[0].rstrip("/")
+        for line in library.splitlines()[1:]
+        if line[:3] == "  " + line.strip()[:1]
     }
-    assert values | data | torch == {f"gpt2.{name}" for name in modules()}
-
-
-def test_every_package_is_installed() -> None:
-    """A package left out of the list works in a checkout and fails once installed."""
-    packages = {".".join(path.parent.relative_to(ROOT).parts) for top in ("gpt2", "tasks", "flows")
-                for path in (ROOT / top).rglob("__init__.py")}  # fmt: skip
-    assert packages == set(PROJECT["tool"]["setuptools"]["packages"])
+    shared = {name for entry in named for name in entry.split()}
+    packages = {path.parent.name for path in (ROOT / "gpt2").glob("*/__init__.py")}
+    modules = {path.stem for path in (ROOT / "gpt2").glob("*.py")} - {"__init__"}
+    assert shared == packages | modules
 
 
 def test_constraints_pin_what_the_project_names() -> None:
@@ -101,12 +80,12 @@ PROMPT = '`touch pwned` $HOME $(x) $$ "q" it\'s; #'
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [
-        (["sample", f"PROMPT={PROMPT}"], ["-m", "gpt2.sample", "a b", "--prompt", PROMPT]),
+        (["sample", f"PROMPT={PROMPT}"], ["-m", "gpt2.generate", "a b", "--prompt", PROMPT]),
         (["export", "OUT=$HOME x"], ["-m", "gpt2.export", "a b", "$HOME x"]),
         (["export"], None),
         (
             ["sample", "MODEL=", "CONF=demo", "PROMPT=x", "ARGS=train.seed=7 --tokens 4"],
-            ["-m", "gpt2.sample", "--prompt", "x", "--recipe", "demo", "train.seed=7", "--tokens", "4"],
+            ["-m", "gpt2.generate", "--prompt", "x", "--recipe", "demo", "train.seed=7", "--tokens", "4"],
         ),
         (
             ["export", "MODEL=", "CONF=demo", "OUT=x y", "ARGS=train.seed=7"],

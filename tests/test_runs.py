@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from gpt2.config import Runtime
+from gpt2.config.recipe import load
+from gpt2.config.run import Runtime
 from gpt2.errors import UserError
-from gpt2.manifest import TrainFacts, read_model, write_model
 from gpt2.plan import plan, prepare
-from gpt2.recipe import load
 from gpt2.runs import find, trainings
-from gpt2.stage import Provenance, StageDir
+from gpt2.stage.directory import Provenance, StageDir
+from gpt2.stage.manifest import TrainFacts, read_model, write_model
 
 
 def train(store: Path, ended: float, recipe: str = "124m", **overrides: Any) -> Path:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from gpt2.config import Runtime, TrainConfig
-from gpt2.manifest import Request, ShardEntry, TokenizeFacts, TrainFacts, write_model
+from gpt2.config.run import Runtime, TrainConfig
 from gpt2.plan import prepare
 from gpt2.shards import ShardWriter
-from gpt2.stage import StageDir
+from gpt2.stage.directory import StageDir
+from gpt2.stage.manifest import Request, ShardEntry, TokenizeFacts, TrainFacts, write_model
 from gpt2.tokenizer import EOT
 
 CONFIG: dict[str, Any] = {

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt2.checkpoint import save_model
-from gpt2.config import TrainConfig
-from gpt2.manifest import DownloadFacts, EvaluateFacts, Manifest, Request, Score, TokenizeFacts, TrainFacts, write_model
-from gpt2.metrics import MetricsWriter
-from gpt2.model import GPT
-from gpt2.stage import provenance
+from gpt2.config.run import TrainConfig
+from gpt2.model.checkpoint import save_model
+from gpt2.model.gpt import GPT
+from gpt2.stage.directory import provenance
+from gpt2.stage.manifest import (
+    DownloadFacts,
+    EvaluateFacts,
+    Manifest,
+    Request,
+    Score,
+    TokenizeFacts,
+    TrainFacts,
+    write_model,
+)
+from gpt2.stage.metrics import MetricsWriter
 
 
 def store_with_a_training(

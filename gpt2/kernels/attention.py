@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.kernels import choices
+from gpt2.kernels import autotune_cache as choices
 from gpt2.kernels.cublaslt import milliseconds
 
 Saved = tuple[Any, ...]

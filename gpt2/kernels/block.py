@@ -16,7 +16,7 @@ from gpt2.kernels import gelu, layer_norm
 from gpt2.kernels.attention import Attention
 from gpt2.kernels.linear import Linear
 from gpt2.kernels.row_sum import row_sum
-from gpt2.model import LAYER_NORM_EPS, Block
+from gpt2.model.gpt import LAYER_NORM_EPS, Block
 
 Recompute = Literal["none", "cheap", "block"]
 """What is computed again in the backward pass instead of kept: nothing; the outputs of LayerNorm and GELU; the block"""

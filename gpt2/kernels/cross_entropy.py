@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt2.kernels.triton_or_none import tl, triton, usable
-from gpt2.model import IGNORE
+from gpt2.model.gpt import IGNORE
 
 BLOCK, WARPS = 16384, 32
 """logits and warps a program works with at a time: few programs at once, so that their rows stay in the L2 cache"""

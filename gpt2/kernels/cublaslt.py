@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.kernels import choices
+from gpt2.kernels import autotune_cache as choices
 
 DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192  # cublasLtEpilogue_t
 _COMPUTE_32F, _R_32F, _R_16BF, _R_8F_E4M3, _R_8F_E5M2 = 68, 0, 14, 28, 29

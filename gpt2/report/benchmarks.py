@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gpt2.manifest import Score
 from gpt2.report.run import Run
+from gpt2.stage.manifest import Score
 
 _PROPER = {
     "hellaswag": "HellaSwag",

@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gpt2.config.strict_yaml import dump
 from gpt2.flops import flops_per_token
-from gpt2.report.again import command, configuration
 from gpt2.report.benchmarks import core_tasks, is_share, standard_error, title
 from gpt2.report.compare import notes, value_of
 from gpt2.report.definitions import METRICS_SHOWN, definition
@@ -27,8 +27,8 @@ from gpt2.report.format import (
     size,
     whole,
 )
+from gpt2.report.reproduce import command, configuration
 from gpt2.report.run import Run, Sample
-from gpt2.strict_yaml import dump
 
 SAMPLES_SHOWN = 12
 ANOMALIES_SHOWN = 50

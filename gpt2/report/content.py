@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Sequence
 
-from gpt2.manifest import Score
 from gpt2.report import chapters
 from gpt2.report.benchmarks import is_share, like_guessing, main_figure, standard_error, task, title
 from gpt2.report.compare import VAL_LOSS, reference
@@ -14,6 +13,7 @@ from gpt2.report.document import Chapter, Code, Document, Gallery, Picture, Text
 from gpt2.report.drawing import Plot
 from gpt2.report.format import dollars, duration, fixed, percent, plural, short, short_commit, significant, whole
 from gpt2.report.run import Run
+from gpt2.stage.manifest import Score
 
 
 def headline(run: Run) -> dict[str, float | str | None]:

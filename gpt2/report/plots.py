@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from gpt2.config import Published
+from gpt2.config.run import Published
 from gpt2.report.benchmarks import is_share, main_figure, standing_for, title
 from gpt2.report.compare import VAL_LOSS, compares, lines
 from gpt2.report.drawing import (

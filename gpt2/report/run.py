@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpt2.config import EvaluateConfig, Published, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
+from gpt2.config.recipe import load
+from gpt2.config.run import EvaluateConfig, Published, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
 from gpt2.errors import UserError
-from gpt2.manifest import (
+from gpt2.stage.directory import Provenance, StageDir
+from gpt2.stage.manifest import (
     METRICS,
     PROVENANCE,
     BenchmarkFacts,
@@ -27,9 +29,7 @@ from gpt2.manifest import (
     TrainFacts,
     read_model,
 )
-from gpt2.metrics import NOT_METRICS, read_metrics
-from gpt2.recipe import load
-from gpt2.stage import Provenance, StageDir
+from gpt2.stage.metrics import NOT_METRICS, read_metrics
 
 SAMPLES, ANOMALIES = "samples.jsonl", "anomalies.jsonl"
 

@@ -1,0 +1,76 @@
+"""Random documents through the fast encoder and through tiktoken until a difference is found or time is up.
+
+python -m bench.fuzz_bpe [--seconds N] [--seed N] [--longest N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+import sys
+import time
+
+import numpy as np
+
+from gpt2.console import command
+from gpt2.shards import TOKEN, Tokens
+from gpt2.tokenize.bpe import Kernel
+from gpt2.tokenize.bpe_test_text import hard_document
+from gpt2.tokenize.encoder import TiktokenEncoder
+from gpt2.tokenize.lines import utf8
+from gpt2.tokenize.reading import Batch
+from gpt2.tokenizer import EOT, gpt2_encoding
+
+BATCH = 2000
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_EOT = np.array([EOT], dtype=TOKEN)
+
+
+def difference(kernel: Kernel, judge: TiktokenEncoder, documents: list[str]) -> str | None:
+    """The first document whose tokens differ, or None."""
+    right = [_right(judge, document) for document in documents]
+    raw = [utf8(document) for document in documents]
+    if np.array_equal(kernel.encode(Batch.of(raw)), np.concatenate(right)):
+        return None
+    for document, text, tokens in zip(documents, raw, right, strict=True):
+        if not np.array_equal(kernel.encode(Batch.of([text])), tokens):
+            return document
+    return "\x00 only together: ".join(documents)
+
+
+def _right(judge: TiktokenEncoder, document: str) -> Tokens:
+    """The tokens of a document that begins. tiktoken gets the string itself, so that what our reading makes of
+    surrogates (corpus_lines.utf8) is judged too."""
+    if _SURROGATE.search(document):
+        tokens = np.array(gpt2_encoding().encode_ordinary(document), dtype=TOKEN)
+    else:
+        tokens = judge.encode_text(document)  # as encode_ordinary, also for a million blanks
+    return np.concatenate((_EOT, tokens))
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.fuzz_bpe")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1 << 32))
+    parser.add_argument("--longest", type=int, default=120, help="characters of a document, about")
+    options = parser.parse_args(arguments)
+    rng = random.Random(options.seed)
+    kernel, judge = Kernel(gpt2_encoding()), TiktokenEncoder()
+    started, said, count, size = time.monotonic(), 0.0, 0, 0
+    print(f"seed {options.seed}", flush=True)
+    while (seconds := time.monotonic() - started) < options.seconds:
+        documents = [hard_document(rng, options.longest) for _ in range(BATCH)]
+        found = difference(kernel, judge, documents)
+        if found is not None:
+            sys.exit(f"error: seed {options.seed}, after {count:,} documents: the encoders differ on {found!r}")
+        count += BATCH
+        size += sum(map(len, documents))
+        if seconds - said > 30:
+            said = seconds
+            print(f"{seconds:,.0f} s: {count:,} documents, {size / 1e6:,.0f} M characters, no difference", flush=True)
+    print(f"{count:,} documents, {size:,} characters in {seconds:,.0f} s, no difference", flush=True)
+
+
+if __name__ == "__main__":
+    command(lambda: main(sys.argv[1:]))

@@ -1,0 +1,26 @@
+"""Readers of benchmarks: from their own files to sequences of which the end is scored. One module a benchmark.
+
+read(config, files, encode) -> Prepared
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gpt2.benchmark import arc, core, hellaswag, lambada, piqa, wikitext103, winogrande
+from gpt2.benchmark.prompts import Encode, Prepared
+from gpt2.config.benchmarks import Arc, Benchmark, Core, HellaSwag, Lambada, Piqa, WikiText103, WinoGrande
+
+Reader = Callable[[Any, list[Path], Encode], Prepared]
+
+READERS: dict[type[Benchmark], Reader] = {
+    HellaSwag: hellaswag.read,
+    Lambada: lambada.read,
+    Arc: arc.read,
+    Piqa: piqa.read,
+    WinoGrande: winogrande.read,
+    WikiText103: wikitext103.read,
+    Core: core.read,
+}

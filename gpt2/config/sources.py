@@ -1,0 +1,73 @@
+"""Configuration of data sources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gpt2.config.section import Count, LocalPath, Section
+
+
+class HubFiles(Section):
+    """Parquet or JSON-lines files of a Hugging Face Hub data set, at one pinned revision."""
+
+    kind: Literal["hub"] = "hub"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$", description="40-digit commit; a branch name can move")]
+    files: Annotated[
+        tuple[str, ...], Field(min_length=1, description="glob patterns inside the repository, in reading order")
+    ]
+    text_column: str = "text"
+
+
+class LocalFiles(Section):
+    """Files on this machine: parquet, jsonl (also .gz, .zst) or txt. Identified by content, not by place."""
+
+    kind: Literal["local"] = "local"
+    paths: Annotated[tuple[LocalPath, ...], Field(min_length=1, description="paths or glob patterns, in reading order")]
+    text_column: str = "text"
+
+
+class HubShards(Section):
+    """Ready-made token shards in llm.c's format from the Hub, e.g. kjj0/fineweb10B-gpt2."""
+
+    kind: Literal["hub-shards"] = "hub-shards"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    files: Annotated[tuple[str, ...], Field(min_length=1)] = ("*_val_*.bin", "*_train_*.bin")
+
+
+class LocalShards(Section):
+    """Ready-made token shards in llm.c's format on this machine; *_val_* is validation, the rest is training."""
+
+    kind: Literal["local-shards"] = "local-shards"
+    paths: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
+
+
+class InstalledDocs(Section):
+    """English prose without a download: the docstrings of MLflow and Prefect, which the project pins. The same under
+    every Python and with every other package; it changes with the two versions."""
+
+    kind: Literal["installed-docs"] = "installed-docs"
+    max_bytes: Count = 50_000_000
+
+
+class HubModel(Section):
+    """A GPT-2 on the Hugging Face Hub, e.g. openai-community/gpt2, at one pinned revision."""
+
+    kind: Literal["hub-model"] = "hub-model"
+    repo: str
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
+    files: Annotated[tuple[str, ...], Field(min_length=1)] = ("config.json", "model.safetensors")
+
+
+class LocalModel(Section):
+    """A GPT-2 in a Hugging Face folder on this machine. Identified by content, not by place."""
+
+    kind: Literal["local-model"] = "local-model"
+    path: LocalPath
+
+
+ModelSource = Annotated[HubModel | LocalModel, Field(discriminator="kind")]
+CorpusSource = Annotated[HubFiles | LocalFiles | HubShards | LocalShards | InstalledDocs, Field(discriminator="kind")]

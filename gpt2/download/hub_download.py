@@ -1,0 +1,201 @@
+"""Downloading the files of a Hub data set: several at a time, each from the byte where it stopped, each verified.
+
+A file grows under data/.NNNNN-name.part and gets its name only when its hash is the one that the Hub lists, so that
+what has its name is whole, whenever the process was killed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from huggingface_hub import constants
+
+from gpt2.atomic import fsync_dir
+from gpt2.config.sources import HubFiles, HubModel, HubShards
+from gpt2.download.hub import HTTPError, Hub, HubFile, Listing
+from gpt2.download.retries import DEFAULT, Patience, Retries
+from gpt2.errors import UserError
+from gpt2.stage.manifest import read_model, write_model
+
+LISTING = "listing.json"
+CHUNK = 1 << 20
+WRONG_BYTES_LIMIT = 3  # whole downloads of one file with the wrong hash
+
+
+def download(
+    source: HubFiles | HubShards | HubModel,
+    formats: tuple[str, ...],
+    directory: Path,
+    *,
+    workers: int,
+    progress: Callable[[int, int, int], None],
+    patience: Patience = DEFAULT,
+) -> list[str]:
+    """Download a source's files into `directory`/data/; see gpt2.download.sources.fetch, which is how it is called.
+
+    Args:
+        formats: the suffixes that its files may have.
+
+    Raises:
+        UserError: not found, no access, no network, no space, or wrong bytes again and again.
+    """
+    if constants.is_offline_mode():
+        raise UserError(
+            f"HF_HUB_OFFLINE is set, so {source.repo} cannot be downloaded: unset it, or use a source of kind local"
+        )
+    (directory / "data").mkdir(parents=True, exist_ok=True)
+    listing_path = directory / LISTING
+    if not listing_path.exists():
+        hub = Hub(source.repo, source.revision, patience, "models" if isinstance(source, HubModel) else "datasets")
+        write_model(listing_path, hub.listing(source.files, formats))
+    return _Download(read_model(listing_path, Listing), directory, workers, patience).run(progress)
+
+
+def known_sha256(directory: Path) -> dict[str, str]:
+    """sha256 that downloaded files were verified against, by path relative to `directory`."""
+    listing = read_model(directory / LISTING, Listing)
+    return {relative(index, file): file.sha256 for index, file in enumerate(listing.files) if file.sha256 is not None}
+
+
+def relative(index: int, file: HubFile) -> str:
+    return f"data/{index:05d}-{PurePosixPath(file.path).name}"
+
+
+class _Stopped(Exception):
+    """Another file failed for good; this one is left as it is."""
+
+
+class _Download:
+    """The files of one listing, several at a time."""
+
+    def __init__(self, listing: Listing, directory: Path, workers: int, patience: Patience) -> None:
+        self.listing = listing
+        self.directory = directory
+        self.workers = workers
+        self.hub = Hub(listing.repo, listing.revision, patience, listing.kind)
+        self.patience = patience
+        self.stop = threading.Event()
+        self.received = [0] * len(listing.files)  # bytes on disk, by file; each worker writes its own only
+
+    def run(self, progress: Callable[[int, int, int], None]) -> list[str]:
+        files = self.listing.files
+        targets = [self.directory / relative(index, file) for index, file in enumerate(files)]
+        missing = []
+        for index, (file, target) in enumerate(zip(files, targets, strict=True)):
+            whole = target.exists() and target.stat().st_size == file.size  # has its name only when verified
+            part = _part(target)
+            self.received[index] = file.size if whole else part.stat().st_size if part.exists() else 0
+            if not whole:
+                missing.append(index)
+        total = sum(file.size for file in files)
+        self._check_space(total)
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            running = {pool.submit(self._fetch, index, files[index], targets[index]) for index in missing}
+            try:
+                while running:
+                    done, running = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        future.result()
+                    progress(sum(self.received), total, len(files) - len(running))
+            except BaseException:
+                self.stop.set()
+                for future in running:
+                    future.cancel()
+                raise
+        progress(total, total, len(files))
+        return [relative(index, file) for index, file in enumerate(files)]
+
+    def _check_space(self, total: int) -> None:
+        need = total - sum(self.received)
+        free = shutil.disk_usage(self.directory).free
+        name = f"{self.listing.repo}@{self.listing.revision[:12]}"
+        print(
+            f"download: {len(self.listing.files)} files, {total / 1e9:,.3f} GB, of {name}; {need / 1e9:,.3f} GB to go, "
+            f"{free / 1e9:,.1f} GB free at {self.directory}",
+            flush=True,
+        )
+        if need > free:
+            raise UserError(
+                f"{name} needs {need / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free at {self.directory}: "
+                "make room, set runtime.store to a larger disk, or take fewer files"
+            )
+
+    def _fetch(self, index: int, file: HubFile, target: Path) -> None:
+        try:
+            for _ in range(WRONG_BYTES_LIMIT):
+                got = self._receive(index, file, _part(target))
+                if got == file.expected:
+                    _part(target).replace(target)
+                    fsync_dir(target.parent)
+                    return
+                _part(target).unlink()
+                kind = "sha256" if file.sha256 else "git blob sha1"
+                print(f"download: {file.path} has {kind} {got}, not {file.expected}; fetching it again", flush=True)
+            raise UserError(
+                f"{file.path} of {self.listing.repo}: {kind} {got} came, the Hub lists {file.expected}, "
+                f"{WRONG_BYTES_LIMIT} times in a row; a proxy or mirror between changes it: check HF_ENDPOINT"
+            )
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(
+                    f"no space left for {target}: free some and run again, it goes on where it stopped"
+                ) from error
+            raise
+
+    def _receive(self, index: int, file: HubFile, part: Path) -> str:
+        """Bring `part` to the file's size, from whatever it holds; the hash of what it holds then."""
+        retries = Retries(f"download {file.path} of {self.listing.repo}", self.patience, self.stop)
+        with open(part, "ab") as out:
+            have = min(out.tell(), file.size)
+            out.truncate(have)
+            digest = _hash_of(part, file)
+            furthest = have
+            while have < file.size:
+                try:
+                    for offset, chunk in self.hub.stream(file, have):
+                        if self.stop.is_set():
+                            raise _Stopped
+                        if offset != have:  # the server starts over
+                            out.truncate(offset)
+                            digest = _hash_of(part, file)
+                            have = offset
+                        chunk = chunk[: file.size - have]
+                        out.write(chunk)
+                        digest.update(chunk)
+                        have += len(chunk)
+                        self.received[index] = have
+                        if have > furthest:  # only new bytes count: a server may send the first ones for ever
+                            furthest = have
+                            retries.progressed()
+                        if have == file.size:
+                            break
+                    else:
+                        raise HTTPError(f"the connection ended at byte {have:,} of {file.size:,}")
+                except HTTPError as error:
+                    out.flush()
+                    retries.failed(error, self.hub.explain(error))
+                    if self.stop.is_set():
+                        raise _Stopped from error
+            out.flush()
+            os.fsync(out.fileno())
+        return str(digest.hexdigest())
+
+
+def _hash_of(part: Path, file: HubFile) -> Any:
+    digest = file.hasher()
+    with open(part, "rb") as written:
+        while block := written.read(CHUNK):
+            digest.update(block)
+    return digest
+
+
+def _part(target: Path) -> Path:
+    """Where a file grows until it is whole."""
+    return target.with_name(f".{target.name}.part")

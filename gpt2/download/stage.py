@@ -1,0 +1,76 @@
+"""The download stage: a corpus's files, verified, under data/.
+
+    python -m gpt2.download DIRECTORY
+
+Local files are linked, not copied. Starting again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from gpt2.download.sources import fetch, known_sha256
+from gpt2.stage.directory import StageDir
+from gpt2.stage.manifest import DownloadFacts
+from gpt2.stage.metrics import MetricsWriter
+
+
+def work(stage: StageDir) -> None:
+    """Fetch the source of the stage's configuration and write the manifest."""
+    identity = stage.request.config["source"]
+    hints = stage.request.hints.get("source", {})
+    with Reporter(stage.metrics()) as report:
+        files = fetch(identity, hints, stage.path, workers=stage.runtime.download_workers, progress=report)
+    facts = DownloadFacts(
+        kind=identity["kind"],
+        text_column="text" if identity["kind"] == "installed-docs" else identity.get("text_column"),
+        files=tuple(files),
+        total_bytes=sum((stage.path / name).stat().st_size for name in files),
+        origin=origin(identity, hints),
+    )
+    stage.finish(files, facts, sha256=known_sha256(identity, stage.path))
+
+
+def origin(identity: dict[str, Any], hints: dict[str, Any]) -> str:
+    """Where the files come from, for people."""
+    if identity["kind"] in ("hub", "hub-shards", "hub-model"):
+        return f"{identity['repo']}@{identity['revision']}"
+    if identity["kind"] == "installed-docs":
+        return f"docstrings of {hints['installation']}"
+    names = [name for name, _, _ in identity["files"]]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"local files: {', '.join(names[:3])}{more}"
+
+
+class Reporter:
+    """Progress to metrics.jsonl about once a second and to the terminal every few seconds."""
+
+    METRICS_SECONDS, PRINT_SECONDS = 1.0, 5.0
+
+    def __init__(self, metrics: MetricsWriter) -> None:
+        self.metrics = metrics
+        self.started: tuple[float, int] | None = None
+        self.last_metrics = self.last_print = time.monotonic()
+
+    def __call__(self, done: int, total: int, files: int) -> None:
+        """Take note of `done` of `total` bytes and `files` whole files."""
+        now = time.monotonic()
+        if self.started is None:
+            self.started = now, done  # bytes of an earlier session do not count for the rate
+        if now - self.last_metrics >= self.METRICS_SECONDS or done == total:
+            self.metrics.write(files, done=done, total=total, unit="bytes")
+            self.last_metrics = now
+        if now - self.last_print >= self.PRINT_SECONDS:
+            self.last_print = now
+            seconds = now - self.started[0]
+            rate = (done - self.started[1]) / seconds if seconds > 0 else 0.0
+            left = f"{(total - done) / rate:,.0f} s left" if rate > 0 else "time left unknown"
+            sizes = f"{done / 1e9:,.3f} of {total / 1e9:,.3f} GB"
+            print(f"download: {files} files whole, {sizes}, {rate / 1e6:,.1f} MB/s, {left}", flush=True)
+
+    def __enter__(self) -> Reporter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()

@@ -1,0 +1,4 @@
+from gpt2.console import command
+from gpt2.export.hf import main
+
+command(main)

@@ -1,0 +1,4 @@
+from gpt2.console import command
+from gpt2.generate.sample import main
+
+command(main)

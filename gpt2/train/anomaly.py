@@ -1,0 +1,74 @@
+"""Losses and gradients that are not finite, or jump: seen before they reach the weights."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from gpt2.config.run import AnomalyConfig
+
+Action = Literal["go on", "warn", "stop", "skip", "rollback"]
+
+
+class Verdict(NamedTuple):
+    """What is to be done about one step."""
+
+    action: Action
+    kind: str = ""
+    """not finite, loss spike or gradient spike"""
+    value: float = 0.0
+    z: float | None = None
+
+    def __str__(self) -> str:
+        z = "" if self.z is None else f", {self.z:.1f} standard deviations above the window's mean"
+        return f"{self.kind}: {self.value:g}{z}"
+
+
+def z_score(window: Sequence[float]) -> float:
+    """How many standard deviations the last value lies above the mean of the window it is in (llm.c's
+    outlier_detector.h). At most (n - 1) / sqrt(n) in a window of n, so 11.2 for 128."""
+    mean = math.fsum(window) / len(window)
+    variance = math.fsum((value - mean) ** 2 for value in window) / len(window)
+    return 0.0 if variance == 0.0 else (window[-1] - mean) / math.sqrt(variance)
+
+
+class Anomalies:
+    """Judges each step by its loss and gradient norm, before the weights are changed.
+
+    Spikes are looked for once a full window was seen. With on_spike "skip", loss_z and grad_z are llm.c's options -sl
+    and -sg.
+
+    Args:
+        keep: how many finite losses and gradient norms are remembered, at least a window.
+    """
+
+    def __init__(self, config: AnomalyConfig, keep: int = 0) -> None:
+        self.config = config
+        self.losses: deque[float] = deque(maxlen=max(keep, config.window))
+        self.grad_norms: deque[float] = deque(maxlen=max(keep, config.window))
+
+    def remember(self, losses: Sequence[float], grad_norms: Sequence[float]) -> None:
+        """Take over the memory of a run that was interrupted, or gone back in."""
+        self.losses.clear()
+        self.grad_norms.clear()
+        self.losses.extend(losses)
+        self.grad_norms.extend(grad_norms)
+
+    def judge(self, loss: float, grad_norm: float) -> Verdict:
+        """Look at one step and remember it."""
+        for value in (loss, grad_norm):
+            if not math.isfinite(value):
+                return Verdict(self.config.on_nonfinite, "not finite", value)
+        full = len(self.losses) >= self.config.window
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+        if full and self.config.on_spike != "ignore":
+            for kind, value, window, limit in (
+                ("loss spike", loss, self.losses, self.config.loss_z),
+                ("gradient spike", grad_norm, self.grad_norms, self.config.grad_z),
+            ):
+                if (z := z_score(tuple(window)[-self.config.window :])) > limit:
+                    return Verdict(self.config.on_spike, kind, value, z)
+        return Verdict("go on")
