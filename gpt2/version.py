@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import subprocess
 from pathlib import Path
+
+from gpt2.machine import environment
 
 COMMIT = "GPT2_COMMIT"
 """environment variable, set where the code runs without its history"""
@@ -21,7 +22,7 @@ def git_commit() -> str | None:
             ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get(COMMIT) or None
+        return environment(COMMIT)
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 

@@ -23,7 +23,7 @@ from typing import IO
 
 from gpt2.config.run import Runtime
 from gpt2.errors import UserError, presentable, without_credentials
-from gpt2.machine import cpu_count, gpu_names
+from gpt2.machine import cpu_count, device_type, gpu_count
 from gpt2.stage.table import Stage
 
 GRACE_SECONDS = 120.0
@@ -61,12 +61,7 @@ def processes(stage: Stage, runtime: Runtime) -> int:
     """
     if not stage.parallel:
         return 1
-    have = len(gpu_names())
-    if runtime.gpus == "auto":
-        return have or runtime.processes
-    if runtime.gpus > have:
-        raise UserError(f"runtime.gpus is {runtime.gpus}, this machine has {have}: use runtime.gpus={have} or auto")
-    return runtime.gpus or runtime.processes
+    return gpu_count(runtime.gpus) or runtime.processes
 
 
 def command(stage: Stage, directory: Path, runtime: Runtime) -> list[str]:
@@ -122,10 +117,10 @@ def environment(stage: Stage, runtime: Runtime) -> dict[str, str]:
     }
     if stage.parallel:
         ours["OMP_NUM_THREADS"] = str(max(1, cpu_count() // processes(stage, runtime)))
-        if runtime.gpus == 0 or not gpu_names():
+        if not gpu_count(runtime.gpus):
             ours |= KEEP_MEMORY
     env = {**ours, **os.environ}
-    if stage.parallel and runtime.gpus == 0:
+    if stage.parallel and device_type(runtime.gpus) == "cpu":
         env["CUDA_VISIBLE_DEVICES"] = ""
     return env
 

@@ -26,7 +26,7 @@ from pydantic import PrivateAttr
 
 from gpt2.atomic import atomic_write
 from gpt2.config.run import Runtime
-from gpt2.machine import gpu_names
+from gpt2.machine import gpu_count
 from gpt2.plan import prepare
 from gpt2.stage.directory import StageDir
 from gpt2.stage.manifest import MANIFEST, METRICS, REQUEST, Damaged, Manifest, Request, confined, read_model
@@ -124,7 +124,7 @@ def run_stage(request: Request, runtime: Runtime, inputs: tuple[Manifest, ...] =
 
     watch = Watch(directory / METRICS, _displays(request, logger), logger)
     finished = False
-    gpus = launch.processes(stage, runtime) if stage.parallel and runtime.gpus != 0 and gpu_names() else 0
+    gpus = gpu_count(runtime.gpus) if stage.parallel else 0
     what = f"{request.address} in {runtime.store}"
     try:
         with gpus_held(gpus, what, logger.info) if gpus else nullcontext(()) as locks:

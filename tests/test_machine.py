@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from gpt2 import machine
-from gpt2.machine import cpu_count, cpu_quota
+from gpt2.errors import UserError
+from gpt2.machine import cpu_count, cpu_quota, device_type, gpu_count, gpu_names, visible_gpus
 
 
 def make(root: Path, files: dict[str, str]) -> Path:
@@ -49,6 +52,48 @@ def test_workers_are_bounded_by_affinity_and_quota(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     assert cpu_count() == expected
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """A driver with two GPUs."""
+    machine._all_gpus.cache_clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", lambda index: index)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetUUID", lambda handle: f"GPU-{'ab'[handle]}")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetName", lambda handle: f"NVIDIA L{handle + 1}")
+    yield monkeypatch
+    machine._all_gpus.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("visible", "numbers"), [(None, "01"), ("1,0", "10"), ("GPU-b", "1"), ("", ""), ("7", ""), (" 1 ", "1")]
+)
+def test_cuda_visible_devices_selects_and_orders_gpus(
+    visible: str | None, numbers: str, nvml: pytest.MonkeyPatch
+) -> None:
+    if visible is not None:
+        nvml.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert "".join(gpu.number for gpu in visible_gpus()) == numbers
+    assert gpu_count("auto") == len(numbers) and gpu_count(0) == 0
+
+
+def test_more_gpus_than_visible_are_refused(nvml: pytest.MonkeyPatch) -> None:
+    """Bug: fewer processes than configured, which changes the memory that each one needs."""
+    assert gpu_names() == ("NVIDIA L1", "NVIDIA L2") and gpu_count(2) == 2
+    with pytest.raises(UserError, match=r"is 3, .* has 2"):
+        gpu_count(3)
+
+
+def test_without_a_driver_there_is_no_gpu(nvml: pytest.MonkeyPatch) -> None:
+    def absent() -> None:
+        raise pynvml.NVMLError_LibraryNotFound
+
+    nvml.setattr(pynvml, "nvmlInit", absent)
+    assert visible_gpus() == () and gpu_count("auto") == 0
+    assert (device_type("auto"), device_type(0), device_type(1)) == ("auto", "cpu", "auto")
 
 
 def test_another_system_gets_one_clear_error() -> None:

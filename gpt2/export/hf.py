@@ -31,6 +31,7 @@ from gpt2.atomic import fsync_dir, write_text
 from gpt2.config.run import ModelConfig
 from gpt2.errors import UserError, without_credentials
 from gpt2.export import model_card
+from gpt2.machine import environment
 from gpt2.model.checkpoint import WEIGHTS
 from gpt2.model.gpt import GPT
 from gpt2.model.llmc import write_llmc
@@ -131,7 +132,7 @@ def push(folder: Path, repo: str, *, public: bool = False) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
-    token = os.environ.get(TOKEN_VARIABLE)
+    token = environment(TOKEN_VARIABLE)
     if not token:
         raise UserError(f"{TOKEN_VARIABLE} is not set: give a token with write access as {TOKEN_VARIABLE}=... in front")
     api = HfApi(token=token)
@@ -241,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UserError(f"a checkpoint and an output are needed, {len(args.places)} paths are given")
     if args.push and args.format != "hf":
         raise UserError(f"--push uploads the folder of --format hf, not of {args.format}")
-    if args.push and not os.environ.get(TOKEN_VARIABLE):
+    if args.push and not environment(TOKEN_VARIABLE):
         raise UserError(f"--push needs a token with write access in the environment, as {TOKEN_VARIABLE}")
     if args.push and _holds_something(args.out):
         if not is_export(args.out, args.checkpoint):

@@ -14,6 +14,7 @@ from gpt2.atomic import write_text
 from gpt2.download.sources import HARNESS_FORMATS, fetch, known_sha256
 from gpt2.errors import UserError
 from gpt2.harness.lm_eval import run_harness
+from gpt2.machine import device_type
 from gpt2.stage.directory import StageDir
 from gpt2.stage.manifest import HarnessFacts, TrainFacts
 
@@ -36,7 +37,7 @@ def work(stage: StageDir) -> None:
         config["tasks"],
         data={task: stage.path / files[index] for task, index in config["data"].items()},
         limit=config["limit"],
-        device="cpu" if stage.runtime.gpus == 0 else "auto",
+        device=device_type(stage.runtime.gpus),
     )
     if results.skipped:
         raise UserError("; ".join(f"{task} could not be run: {why}" for task, why in results.skipped.items()))

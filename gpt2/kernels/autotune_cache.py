@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 
 from gpt2.atomic import write_text
 from gpt2.errors import UserError
-from gpt2.machine import CHOICES
+from gpt2.machine import AUTOTUNE_CACHE, environment
 
 
 def recall(question: Mapping[str, object]) -> str | None:
@@ -44,7 +43,7 @@ def remember(question: Mapping[str, object], answer: str) -> None:
 
 
 def _path(question: Mapping[str, object]) -> Path | None:
-    folder = os.environ.get(CHOICES)
+    folder = environment(AUTOTUNE_CACHE)
     if not folder or torch.are_deterministic_algorithms_enabled():
         return None
     name = hashlib.sha256(json.dumps(_plain(question), sort_keys=True).encode()).hexdigest()[:16]

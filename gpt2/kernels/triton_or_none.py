@@ -3,11 +3,12 @@ module level and are merely never launched."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+
+from gpt2.machine import environment
 
 try:
     import triton
@@ -36,7 +37,7 @@ except ImportError:
 
     triton = tl = _Absent()
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = environment("TRITON_INTERPRET") == "1"
 """Triton runs its kernels in Python, on a CPU: slow, for tests"""
 
 

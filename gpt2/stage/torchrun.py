@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from gpt2.distributed import World, destroy_process_group, init_process_group, world_from_env
 from gpt2.errors import REFUSED, UserError
-from gpt2.machine import keep_compiled
+from gpt2.machine import device_type, keep_compiled
 from gpt2.stage.directory import StageDir
 from gpt2.stage.failure import Failure, clear_failure, error_message, read_failure, write_failure
 
@@ -44,7 +44,7 @@ def main(work: Callable[[StageDir, World], None], directory: str) -> int:
     try:
         path = Path(directory)
         runtime = StageDir(path).runtime
-        world = world_from_env("cpu" if runtime.gpus == 0 else None)
+        world = world_from_env(device_type(runtime.gpus))
         set_determinism(runtime.deterministic)
         keep_compiled()
         run(work, path, world)

@@ -26,7 +26,7 @@ import numpy as np
 import tiktoken
 
 from gpt2.errors import UserError
-from gpt2.machine import user_cache
+from gpt2.machine import environment, user_cache
 from gpt2.shards import TOKEN, Tokens
 from gpt2.tokenize.bpe_tables import kept_tables, vocabulary
 from gpt2.tokenize.bpe_test_text import sample_documents
@@ -108,7 +108,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _compiler() -> list[str]:
-    for candidate in filter(None, (os.environ.get("CC"), *COMPILERS)):
+    for candidate in filter(None, (environment("CC"), *COMPILERS)):
         command = shlex.split(candidate)
         if command and shutil.which(command[0]):
             return command

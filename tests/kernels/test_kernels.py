@@ -20,7 +20,7 @@ from gpt2.kernels import decode as few_rows
 from gpt2.kernels.head import Fp8Head
 from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.kernels.row_sum import row_sum
-from gpt2.machine import CHOICES
+from gpt2.machine import AUTOTUNE_CACHE
 from gpt2.model.gpt import GPT
 from gpt2.model.kv_cache import CachedReader
 
@@ -335,7 +335,7 @@ def test_a_choice_is_kept_for_the_same_question_alone(tmp_path: Path, monkeypatc
     question = {"what": "product", "key": (8, torch.float32), "version": 7}
     choices.remember(question, "none is kept without a folder")
     assert choices.recall(question) is None
-    monkeypatch.setenv(CHOICES, str(tmp_path / "choices"))
+    monkeypatch.setenv(AUTOTUNE_CACHE, str(tmp_path / "choices"))
     choices.remember(question, "fast")
     assert choices.recall(question) == "fast"
     assert choices.recall(question | {"version": 8}) is None
@@ -348,7 +348,7 @@ def test_a_choice_is_kept_for_the_same_question_alone(tmp_path: Path, monkeypatc
     kept.write_text(kept.read_text()[:20])
     assert choices.recall(question) is None
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(CHOICES, str(tmp_path / "file"))
+    monkeypatch.setenv(AUTOTUNE_CACHE, str(tmp_path / "file"))
     choices.remember(question, "fast")
 
     def full(path: Path, text: str) -> None:
@@ -362,7 +362,7 @@ def test_a_choice_is_kept_for_the_same_question_alone(tmp_path: Path, monkeypatc
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
 def test_what_was_measured_once_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bugs: an algorithm that comes back from disk as another one; a second start that measures everything again."""
-    monkeypatch.setenv(CHOICES, str(tmp_path))
+    monkeypatch.setenv(AUTOTUNE_CACHE, str(tmp_path))
     x, weight, bias = (random(*shape, dtype=torch.bfloat16) for shape in ((512, 64), (192, 64), (192,)))
     once = FusedLinear(DEVICE).forward(x, weight, bias)
     chosen = attention.choose(3, 192, 2, 128, DEVICE).name
