@@ -36,7 +36,8 @@ from gpt2.errors import UserError
 from gpt2.machine import cpu_count
 from gpt2.shards import TOKEN, ShardWriter, Tokens, header
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import REQUEST, RUNTIME, DownloadFacts, Request, TokenizeFacts, write_model
+from gpt2.stage.facts import DownloadFacts, TokenizeFacts
+from gpt2.stage.manifest import REQUEST, RUNTIME, Request, write_model
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 DEFAULT_BYTES = 900_000_000

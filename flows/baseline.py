@@ -18,7 +18,8 @@ from gpt2.config.run import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError, presentable
 from gpt2.plan import plan_baseline
-from gpt2.stage.manifest import EvaluateFacts, Manifest
+from gpt2.stage.facts import EvaluateFacts
+from gpt2.stage.manifest import Manifest
 from tasks.baseline import record
 from tasks.stage import download, evaluate, pretrained, tokenize
 

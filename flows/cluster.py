@@ -14,7 +14,7 @@ from prefect.context import FlowRunContext
 from prefect_dask import DaskTaskRunner, get_dask_client
 
 from gpt2.config.run import TokenizeConfig
-from gpt2.stage.manifest import TokenizeFacts
+from gpt2.stage.facts import TokenizeFacts
 from gpt2.tokenize.cluster import tokenize_to
 
 

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from gpt2.config.run import LAYER_NORM_EPS, ModelConfig
 from gpt2.errors import UserError
-from gpt2.stage.manifest import MANIFEST, Manifest, PretrainedFacts, TrainFacts, read_model
+from gpt2.stage.facts import PretrainedFacts, TrainFacts
+from gpt2.stage.manifest import MANIFEST, Manifest, read_model
 
 MODEL_CONFIG = "config.json"
 FIXED = {

@@ -18,7 +18,8 @@ from gpt2.errors import UserError
 from gpt2.plan import plan
 from gpt2.report.reproduce import differences
 from gpt2.stage.directory import Provenance
-from gpt2.stage.manifest import MANIFEST, PROVENANCE, REQUEST, Manifest, Request, TrainFacts, read_model
+from gpt2.stage.facts import TrainFacts
+from gpt2.stage.manifest import MANIFEST, PROVENANCE, REQUEST, Manifest, Request, read_model
 
 
 @dataclass(frozen=True)

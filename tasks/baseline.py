@@ -7,7 +7,8 @@ from pathlib import Path
 from gpt2.config.run import RunConfig
 from gpt2.plan import BaselinePlan
 from gpt2.stage.directory import Provenance
-from gpt2.stage.manifest import MANIFEST, PROVENANCE, EvaluateFacts, Manifest, PretrainedFacts, read_model
+from gpt2.stage.facts import EvaluateFacts, PretrainedFacts
+from gpt2.stage.manifest import MANIFEST, PROVENANCE, Manifest, read_model
 from tasks.mlflow_runs import client, find_or_create, tracking_uri
 from tasks.mlflow_sync import evaluated
 

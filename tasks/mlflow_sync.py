@@ -16,18 +16,8 @@ from gpt2.config.strict_yaml import dump
 from gpt2.errors import UserError, without_credentials
 from gpt2.plan import Plan
 from gpt2.stage.directory import Provenance, is_finished
-from gpt2.stage.manifest import (
-    MANIFEST,
-    METRICS,
-    PROVENANCE,
-    EvaluateFacts,
-    HarnessFacts,
-    Manifest,
-    Request,
-    TokenizeFacts,
-    TrainFacts,
-    read_model,
-)
+from gpt2.stage.facts import EvaluateFacts, HarnessFacts, TokenizeFacts, TrainFacts
+from gpt2.stage.manifest import MANIFEST, METRICS, PROVENANCE, Manifest, Request, read_model
 from gpt2.version import git_commit
 from tasks.curves import Curves, Departed, damaged_line
 from tasks.mlflow_runs import IDENTITY, client, find_or_create, tracking_uri

@@ -26,7 +26,8 @@ from gpt2.config.run import Auto
 from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.stage.directory import Provenance, StageDir
-from gpt2.stage.manifest import PROVENANCE, EvaluateFacts, TrainFacts, read_model
+from gpt2.stage.facts import EvaluateFacts, TrainFacts
+from gpt2.stage.manifest import PROVENANCE, read_model
 from tasks import launch
 from tasks.mlflow_runs import client
 from tasks.workspace import workspace

@@ -12,7 +12,8 @@ import numpy as np
 from gpt2.config.run import Runtime, TokenizeConfig
 from gpt2.shards import open_shard
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import REQUEST, RUNTIME, DownloadFacts, Request, write_model
+from gpt2.stage.facts import DownloadFacts
+from gpt2.stage.manifest import REQUEST, RUNTIME, Request, write_model
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gpt2.errors import UserError
 from gpt2.stage.directory import StageDir, main
-from gpt2.stage.manifest import (
+from gpt2.stage.facts import (
     BenchmarkFacts,
     DownloadFacts,
     EvaluateFacts,

@@ -11,7 +11,8 @@ from gpt2.errors import UserError
 from gpt2.plan import plan, prepare
 from gpt2.runs import find, trainings
 from gpt2.stage.directory import Provenance, StageDir
-from gpt2.stage.manifest import TrainFacts, read_model, write_model
+from gpt2.stage.facts import TrainFacts
+from gpt2.stage.manifest import read_model, write_model
 
 
 def train(store: Path, ended: float, recipe: str = "124m", **overrides: Any) -> Path:

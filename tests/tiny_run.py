@@ -16,7 +16,8 @@ from gpt2.config.run import Runtime, TrainConfig
 from gpt2.plan import prepare
 from gpt2.shards import ShardWriter
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import Request, ShardEntry, TokenizeFacts, TrainFacts, write_model
+from gpt2.stage.facts import ShardEntry, TokenizeFacts, TrainFacts
+from gpt2.stage.manifest import Request, write_model
 from gpt2.tokenizer import EOT
 
 CONFIG: dict[str, Any] = {

@@ -8,16 +8,8 @@ from gpt2.config.run import TrainConfig
 from gpt2.model.checkpoint import save_model
 from gpt2.model.gpt import GPT
 from gpt2.stage.directory import provenance
-from gpt2.stage.manifest import (
-    DownloadFacts,
-    EvaluateFacts,
-    Manifest,
-    Request,
-    Score,
-    TokenizeFacts,
-    TrainFacts,
-    write_model,
-)
+from gpt2.stage.facts import DownloadFacts, EvaluateFacts, Score, TokenizeFacts, TrainFacts
+from gpt2.stage.manifest import Manifest, Request, write_model
 from gpt2.stage.metrics import MetricsWriter
 
 

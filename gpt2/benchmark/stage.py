@@ -19,7 +19,7 @@ from gpt2.download.sources import BENCHMARK_FORMATS, fetch, known_sha256
 from gpt2.download.stage import origin
 from gpt2.errors import UserError
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import BenchmarkFacts, TokenizeFacts
+from gpt2.stage.facts import BenchmarkFacts, TokenizeFacts
 from gpt2.tokenizer import gpt2_encoding
 
 ANY: TypeAdapter[BenchmarkConfig] = TypeAdapter(BenchmarkConfig)

@@ -12,7 +12,7 @@ from typing import Any
 
 from gpt2.download.sources import fetch, known_sha256
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import DownloadFacts
+from gpt2.stage.facts import DownloadFacts
 from gpt2.stage.metrics import MetricsWriter
 
 

@@ -21,7 +21,8 @@ from gpt2.evaluate.scoring import OnTokens, TokenLosses
 from gpt2.evaluate.validation import val_loss
 from gpt2.kernels.fused_gpt import accelerate
 from gpt2.model.gpt import GPT
-from gpt2.stage.manifest import Score, read_model, write_model
+from gpt2.stage.facts import Score
+from gpt2.stage.manifest import read_model, write_model
 
 M = TypeVar("M", bound=Section)
 BATCH_TOKENS = {"cuda": 32_768, "cpu": 4096}

@@ -17,7 +17,7 @@ from gpt2.evaluate.packing import Rows, Segments, batches, cut, join, windows
 from gpt2.evaluate.scoring import OnTokens, autocast, chosen_losses
 from gpt2.evaluate.shared_prefix import hidden, lay_out
 from gpt2.model.gpt import GPT
-from gpt2.stage.manifest import Score
+from gpt2.stage.facts import Score
 
 
 @dataclass(frozen=True)

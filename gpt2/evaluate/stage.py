@@ -25,8 +25,9 @@ from gpt2.evaluate.measurement import Measurement, Result, how
 from gpt2.model.load import load_any, pick_device
 from gpt2.stage import torchrun
 from gpt2.stage.directory import StageDir
+from gpt2.stage.facts import EvaluateFacts, PretrainedFacts, Score, TrainFacts
 from gpt2.stage.integrity import check_recorded
-from gpt2.stage.manifest import EvaluateFacts, PretrainedFacts, Score, TrainFacts, write_model
+from gpt2.stage.manifest import write_model
 from gpt2.stage.metrics import MetricsWriter
 
 SCORES, KEPT = "scores.json", "measured"

@@ -15,22 +15,8 @@ import yaml
 
 from gpt2.config.run import ModelConfig, TrainConfig
 from gpt2.stage.directory import Provenance, is_finished
-from gpt2.stage.manifest import (
-    MANIFEST,
-    METRICS,
-    PROVENANCE,
-    REQUEST,
-    BenchmarkFacts,
-    DownloadFacts,
-    EvaluateFacts,
-    Facts,
-    Manifest,
-    Request,
-    Score,
-    TokenizeFacts,
-    TrainFacts,
-    read_model,
-)
+from gpt2.stage.facts import BenchmarkFacts, DownloadFacts, EvaluateFacts, Facts, Score, TokenizeFacts, TrainFacts
+from gpt2.stage.manifest import MANIFEST, METRICS, PROVENANCE, REQUEST, Manifest, Request, read_model
 from gpt2.stage.metrics import read_metrics
 
 SIZES = {124_439_808: "124m", 354_823_168: "350m", 774_030_080: "774m", 1_557_611_200: "1558m"}

@@ -16,7 +16,7 @@ from gpt2.errors import UserError
 from gpt2.harness.lm_eval import run_harness
 from gpt2.machine import device_type
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import HarnessFacts, TrainFacts
+from gpt2.stage.facts import HarnessFacts, TrainFacts
 
 RESULTS = "results.json"
 

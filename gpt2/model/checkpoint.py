@@ -28,7 +28,8 @@ from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.model.safetensors_file import read_tensors, write_tensors
 from gpt2.model.weights import from_hf_layout, hf_layout, load_hf, to_hf
-from gpt2.stage.manifest import OtherVersion, RelativePath, Session, read_model, sha256_file, write_model
+from gpt2.stage.facts import RelativePath, Session
+from gpt2.stage.manifest import OtherVersion, read_model, sha256_file, write_model
 
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
 

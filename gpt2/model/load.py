@@ -22,9 +22,9 @@ from gpt2.model.gpt import GPT
 from gpt2.model.llmc import read_llmc
 from gpt2.model.safetensors_file import read_tensors
 from gpt2.model.weights import load_hf
+from gpt2.stage.facts import RelativePath
 from gpt2.stage.file_hashes import Stamp, sha256_file
 from gpt2.stage.integrity import check_recorded
-from gpt2.stage.manifest import RelativePath
 
 SHARDED, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
 

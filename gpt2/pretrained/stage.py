@@ -10,7 +10,7 @@ from __future__ import annotations
 from gpt2.download.sources import MODEL_FORMATS, fetch, known_sha256
 from gpt2.download.stage import Reporter, origin
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import PretrainedFacts
+from gpt2.stage.facts import PretrainedFacts
 
 MODEL = "model"
 

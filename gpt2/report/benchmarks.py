@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from gpt2.report.run import Run
-from gpt2.stage.manifest import Score
+from gpt2.stage.facts import Score
 
 _PROPER = {
     "hellaswag": "HellaSwag",

@@ -9,7 +9,7 @@ from gpt2.report.benchmarks import core_tasks, prompt, title
 from gpt2.report.document import Code, Text
 from gpt2.report.reproduce import departures
 from gpt2.report.run import Measured, Run
-from gpt2.stage.manifest import Score
+from gpt2.stage.facts import Score
 
 HELLASWAG_EXAMPLES = 10_042  # of the validation set, which published figures are over
 TRAINING = tuple(

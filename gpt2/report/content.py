@@ -13,7 +13,7 @@ from gpt2.report.document import Chapter, Code, Document, Gallery, Picture, Text
 from gpt2.report.drawing import Plot
 from gpt2.report.format import dollars, duration, fixed, percent, plural, short, short_commit, significant, whole
 from gpt2.report.run import Run
-from gpt2.stage.manifest import Score
+from gpt2.stage.facts import Score
 
 
 def headline(run: Run) -> dict[str, float | str | None]:

@@ -15,20 +15,16 @@ from gpt2.config.recipe import load
 from gpt2.config.run import EvaluateConfig, Published, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
 from gpt2.errors import UserError
 from gpt2.stage.directory import Provenance, StageDir
-from gpt2.stage.manifest import (
-    METRICS,
-    PROVENANCE,
+from gpt2.stage.facts import (
     BenchmarkFacts,
     DownloadFacts,
     EvaluateFacts,
     HarnessFacts,
-    Manifest,
-    Request,
     Score,
     TokenizeFacts,
     TrainFacts,
-    read_model,
 )
+from gpt2.stage.manifest import METRICS, PROVENANCE, Manifest, Request, read_model
 from gpt2.stage.metrics import NOT_METRICS, read_metrics
 
 SAMPLES, ANOMALIES = "samples.jsonl", "anomalies.jsonl"

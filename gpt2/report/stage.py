@@ -13,7 +13,7 @@ from gpt2.report.drawing import png, svg
 from gpt2.report.plots import draw
 from gpt2.report.run import gather
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import ReportFacts
+from gpt2.stage.facts import ReportFacts
 
 
 def report(directory: StageDir) -> None:

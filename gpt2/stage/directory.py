@@ -23,6 +23,7 @@ from gpt2.config.run import Runtime
 from gpt2.config.section import Section
 from gpt2.console import fail
 from gpt2.errors import UserError, without_credentials
+from gpt2.stage.facts import Facts
 from gpt2.stage.failure import Failure, clear_failure, error_message, write_failure
 from gpt2.stage.manifest import (
     INPUTS,
@@ -31,7 +32,6 @@ from gpt2.stage.manifest import (
     PROVENANCE,
     REQUEST,
     RUNTIME,
-    Facts,
     Manifest,
     Request,
     file_entry,

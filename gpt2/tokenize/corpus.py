@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gpt2.errors import UserError
-from gpt2.stage.manifest import Skipped
+from gpt2.stage.facts import Skipped
 from gpt2.tokenize import lines, parquet
 from gpt2.tokenize.reading import BadInput, Batch, Compression, Kind, Reading, Unit
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from gpt2.shards import TOKEN, Tokens
-from gpt2.stage.manifest import Skipped
+from gpt2.stage.facts import Skipped
 from gpt2.tokenize.corpus import read
 from gpt2.tokenize.reading import Batch, Reading, Unit, slices
 from gpt2.tokenizer import EOT, gpt2_encoding

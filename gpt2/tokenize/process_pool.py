@@ -19,7 +19,7 @@ import numpy as np
 
 from gpt2.errors import UserError
 from gpt2.shards import TOKEN
-from gpt2.stage.manifest import Skipped
+from gpt2.stage.facts import Skipped
 from gpt2.tokenize.encoder import Encoded, encode_unit
 from gpt2.tokenize.reading import CannotReadNow, Reading, Unit
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt2.config.section import Section
 from gpt2.errors import UserError
-from gpt2.stage.manifest import Skipped
+from gpt2.stage.facts import Skipped
 
 UNIT_BYTES = 16 << 20
 """of text, about, in a unit"""

@@ -9,7 +9,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
 from gpt2.shards import ShardWriter, Tokens
-from gpt2.stage.manifest import Skipped, sha256_file
+from gpt2.stage.facts import Skipped
+from gpt2.stage.manifest import sha256_file
 from gpt2.tokenize.shard_store import FOLDER, Folder, Place, Progress, WholeShard, shard_bytes, shard_name
 
 AT_ONCE = 4

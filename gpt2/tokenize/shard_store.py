@@ -13,7 +13,8 @@ import fsspec  # type: ignore[import-untyped]
 from gpt2.config.section import Section
 from gpt2.errors import UserError
 from gpt2.shards import HEADER_BYTES, TOKEN, read_header
-from gpt2.stage.manifest import Damaged, M, RelativePath, Skipped, TokenizeFacts, canonical, read_model, write_model
+from gpt2.stage.facts import RelativePath, Skipped, TokenizeFacts
+from gpt2.stage.manifest import Damaged, M, canonical, read_model, write_model
 from gpt2.tokenize.reading import CannotReadNow
 
 FOLDER = "shards"

@@ -24,9 +24,10 @@ from gpt2.errors import UserError
 from gpt2.machine import cpu_count
 from gpt2.shards import TOKEN, verify
 from gpt2.stage.directory import StageDir
+from gpt2.stage.facts import DownloadFacts, ShardEntry, Skipped, TokenizeFacts
 from gpt2.stage.file_hashes import Hashes
 from gpt2.stage.integrity import Unchanged
-from gpt2.stage.manifest import DownloadFacts, Manifest, ShardEntry, Skipped, TokenizeFacts, canonical
+from gpt2.stage.manifest import Manifest, canonical
 from gpt2.stage.metrics import MetricsWriter
 from gpt2.tokenize.bpe import make_encoder
 from gpt2.tokenize.corpus import divide, read

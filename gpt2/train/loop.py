@@ -17,7 +17,7 @@ from gpt2.errors import UserError
 from gpt2.flops import flops_per_token, mfu
 from gpt2.model.checkpoint import folder_name, read_state
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import TrainFacts
+from gpt2.stage.facts import TrainFacts
 from gpt2.train.build import device_name, has_fp8_head
 from gpt2.train.evaluation import evaluate
 from gpt2.train.memory import explain_out_of_memory

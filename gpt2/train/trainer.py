@@ -17,7 +17,7 @@ from gpt2.errors import UserError
 from gpt2.flops import mfu
 from gpt2.model.checkpoint import Checkpoints, Snapshot, TrainState, latest, write_checkpoint
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import Session, TokenizeFacts
+from gpt2.stage.facts import Session, TokenizeFacts
 from gpt2.stage.torchrun import Interrupted
 from gpt2.train.anomaly import Anomalies, Verdict
 from gpt2.train.build import build, device_name, fresh

@@ -30,7 +30,8 @@ from gpt2.errors import UserError
 from gpt2.plan import prepare
 from gpt2.shards import ShardWriter
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import BenchmarkFacts, Request
+from gpt2.stage.facts import BenchmarkFacts
+from gpt2.stage.manifest import Request
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 FIXTURE = FIXTURES / "hellaswag_small.jsonl"

@@ -29,7 +29,8 @@ from gpt2.download.sources import SHARD_FORMATS, TEXT_FORMATS, fetch, identify
 from gpt2.download.stage import Reporter
 from gpt2.errors import UserError
 from gpt2.plan import prepare
-from gpt2.stage.manifest import DownloadFacts, Manifest, Request, read_model
+from gpt2.stage.facts import DownloadFacts
+from gpt2.stage.manifest import Manifest, Request, read_model
 from gpt2.stage.metrics import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.slow  # faults take their time-outs

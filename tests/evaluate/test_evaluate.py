@@ -28,7 +28,8 @@ from gpt2.model.checkpoint import save_model
 from gpt2.model.gpt import GPT
 from gpt2.plan import prepare
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import EvaluateFacts, Request, TrainFacts, read_model, write_model
+from gpt2.stage.facts import EvaluateFacts, TrainFacts
+from gpt2.stage.manifest import Request, read_model, write_model
 from gpt2.stage.metrics import read_metrics
 
 FIXTURE = FIXTURES / "hellaswag_small.jsonl"

@@ -33,16 +33,8 @@ from gpt2.model.checkpoint import save_model
 from gpt2.model.gpt import GPT
 from gpt2.model.load import load_any, load_init
 from gpt2.model.weights import to_hf
-from gpt2.stage.manifest import (
-    BenchmarkFacts,
-    EvaluateFacts,
-    Manifest,
-    PretrainedFacts,
-    Request,
-    Score,
-    read_model,
-    write_model,
-)
+from gpt2.stage.facts import BenchmarkFacts, EvaluateFacts, PretrainedFacts, Score
+from gpt2.stage.manifest import Manifest, Request, read_model, write_model
 from gpt2.tokenizer import gpt2_encoding
 
 SIZE = {"n_layer": 2, "n_head": 4, "n_embd": 32}

@@ -12,7 +12,8 @@ from test_pipeline import planned, recipe, run
 from gpt2.config.recipe import load
 from gpt2.config.run import RunConfig
 from gpt2.plan import plan_baseline
-from gpt2.stage.manifest import EvaluateFacts, Manifest, PretrainedFacts, read_model
+from gpt2.stage.facts import EvaluateFacts, PretrainedFacts
+from gpt2.stage.manifest import Manifest, read_model
 from tasks.baseline import record
 from tasks.mlflow_runs import client, tracking_uri
 

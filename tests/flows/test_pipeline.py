@@ -21,7 +21,8 @@ from waiting import written
 
 from gpt2.config.recipe import load
 from gpt2.plan import Plan, plan
-from gpt2.stage.manifest import EvaluateFacts, Manifest, ReportFacts, TrainFacts, read_model
+from gpt2.stage.facts import EvaluateFacts, ReportFacts, TrainFacts
+from gpt2.stage.manifest import Manifest, read_model
 
 pytestmark = pytest.mark.slow
 

@@ -30,7 +30,8 @@ from gpt2.model.checkpoint import save_model
 from gpt2.model.gpt import GPT
 from gpt2.plan import harness_request, prepare
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import HarnessFacts, Request, read_model
+from gpt2.stage.facts import HarnessFacts
+from gpt2.stage.manifest import Request, read_model
 from gpt2.tokenizer import gpt2_encoding
 
 FIXTURE = FIXTURES / "hellaswag_small.jsonl"

@@ -22,7 +22,8 @@ from gpt2.plan import plan, plan_baseline, prepare
 from gpt2.pretrained import stage as baseline
 from gpt2.shards import open_shard
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import EvaluateFacts, PretrainedFacts, Request, TokenizeFacts
+from gpt2.stage.facts import EvaluateFacts, PretrainedFacts, TokenizeFacts
+from gpt2.stage.manifest import Request
 from gpt2.tokenize import stage as tokenize
 
 pytest.importorskip("transformers")

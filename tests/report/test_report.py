@@ -34,10 +34,9 @@ from gpt2.report.run import Run, Sample, gather, read_curves
 from gpt2.report.stage import report
 from gpt2.report.text import visible
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import (
+from gpt2.stage.facts import (
     EvaluateFacts,
     Facts,
-    Manifest,
     PretrainedFacts,
     ReportFacts,
     Score,
@@ -45,9 +44,8 @@ from gpt2.stage.manifest import (
     ShardEntry,
     Skipped,
     TrainFacts,
-    read_model,
-    write_model,
 )
+from gpt2.stage.manifest import Manifest, read_model, write_model
 
 TOY: dict[str, Any] = {
     "train.model.n_layer": 2,

@@ -15,8 +15,9 @@ from gpt2.errors import UserError
 from gpt2.plan import prepare
 from gpt2.stage import directory, torchrun
 from gpt2.stage.directory import StageDir
+from gpt2.stage.facts import BenchmarkFacts
 from gpt2.stage.failure import Failure, read_failure, write_failure
-from gpt2.stage.manifest import BenchmarkFacts, Request
+from gpt2.stage.manifest import Request
 
 FACTS = BenchmarkFacts(kind="x", examples=1, chance=0.25, origin="test")
 CASES = [

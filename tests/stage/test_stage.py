@@ -20,22 +20,9 @@ from gpt2.config.run import Runtime
 from gpt2.errors import UserError
 from gpt2.plan import prepare
 from gpt2.stage.directory import Provenance, StageDir, is_finished, main
+from gpt2.stage.facts import BenchmarkFacts, DownloadFacts, PretrainedFacts, ShardEntry, TrainFacts
 from gpt2.stage.file_hashes import Hashes, Stamp
-from gpt2.stage.manifest import (
-    BenchmarkFacts,
-    Damaged,
-    DownloadFacts,
-    FileEntry,
-    Manifest,
-    OtherVersion,
-    PretrainedFacts,
-    Request,
-    ShardEntry,
-    TrainFacts,
-    file_entry,
-    read_model,
-    write_model,
-)
+from gpt2.stage.manifest import Damaged, FileEntry, Manifest, OtherVersion, Request, file_entry, read_model, write_model
 from gpt2.stage.metrics import MetricsWriter, cut_after_step, read_metrics
 from gpt2.tokenize.shard_store import WholeShard
 
@@ -44,7 +31,7 @@ FACTS = BenchmarkFacts(kind="x", examples=1, chance=0.25, origin="test")
 STAGE_SCRIPT = """
 import sys, time
 from gpt2.errors import UserError
-from gpt2.stage.manifest import BenchmarkFacts
+from gpt2.stage.facts import BenchmarkFacts
 from gpt2.stage.directory import main
 def work(stage):
     what = stage.request.config["do"]

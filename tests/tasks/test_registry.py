@@ -24,7 +24,8 @@ from gpt2.errors import UserError
 from gpt2.generate.sample import stream
 from gpt2.model.gpt import GPT
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import Request, TrainFacts, read_model
+from gpt2.stage.facts import TrainFacts
+from gpt2.stage.manifest import Request, read_model
 from tasks.launch import StageFailed
 from tasks.mlflow_runs import client, ensure_experiment
 from tasks.registry import ADDRESS, REQUIREMENTS, Trained, _crown, _find, register, upload_limit

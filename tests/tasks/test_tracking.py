@@ -24,7 +24,8 @@ from gpt2.config.run import RunConfig, Runtime
 from gpt2.errors import UserError
 from gpt2.plan import Plan, plan, prepare
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import METRICS, TrainFacts
+from gpt2.stage.facts import TrainFacts
+from gpt2.stage.manifest import METRICS
 from gpt2.stage.metrics import MetricsWriter, cut_after_step, read_metrics
 from tasks.mlflow_runs import EXPERIMENT, IDENTITY
 from tasks.mlflow_sync import ABANDONED, REPLACES, Mirror, flatten

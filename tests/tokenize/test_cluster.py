@@ -22,7 +22,8 @@ from gpt2.config.run import TokenizeConfig
 from gpt2.errors import UserError
 from gpt2.shards import open_shard
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import TokenizeFacts, sha256_file
+from gpt2.stage.facts import TokenizeFacts
+from gpt2.stage.manifest import sha256_file
 from gpt2.tokenize.shard_store import OutputFacts
 from gpt2.tokenize.stage import tokenize
 

@@ -24,7 +24,7 @@ from corpus_stages import tokenize_stage
 
 from gpt2.errors import UserError
 from gpt2.stage import directory as stage
-from gpt2.stage.manifest import Skipped
+from gpt2.stage.facts import Skipped
 from gpt2.tokenize import corpus
 from gpt2.tokenize import lines as corpus_lines
 from gpt2.tokenize import parquet as corpus_parquet

@@ -28,7 +28,8 @@ from gpt2.config.run import TokenizeConfig
 from gpt2.errors import UserError
 from gpt2.shards import ShardWriter, open_shard
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import TokenizeFacts, canonical, sha256_file
+from gpt2.stage.facts import TokenizeFacts
+from gpt2.stage.manifest import canonical, sha256_file
 from gpt2.stage.metrics import read_metrics
 from gpt2.tokenize import stage as tokenize_module
 from gpt2.tokenize.bpe import make_encoder

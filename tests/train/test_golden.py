@@ -21,7 +21,8 @@ from tiny_run import lines, make_run, run
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.evaluate.stage import Scores, work
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import EvaluateFacts, TrainFacts, read_model
+from gpt2.stage.facts import EvaluateFacts, TrainFacts
+from gpt2.stage.manifest import read_model
 from gpt2.stage.table import STAGES
 from gpt2.train.loader import Loader, aligned_starts, write_aligned_starts
 

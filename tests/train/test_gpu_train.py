@@ -11,7 +11,7 @@ import torch
 from tiny_run import assert_same, faulty, make_run, make_shards, result, run
 
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import TrainFacts
+from gpt2.stage.facts import TrainFacts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

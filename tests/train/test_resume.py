@@ -14,7 +14,7 @@ import pytest
 from tiny_run import WHOLE_VOCABULARY, assert_same, faulty, lines, make_run, make_shards, result, run, start, steps
 
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import TrainFacts
+from gpt2.stage.facts import TrainFacts
 from gpt2.stage.metrics import parse_line
 from gpt2.train.run_log import Records
 from tasks.stage import discard_damaged

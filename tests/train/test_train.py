@@ -19,7 +19,7 @@ from gpt2.model.checkpoint import load_model, save_model
 from gpt2.model.gpt import GPT
 from gpt2.model.weights import to_hf
 from gpt2.stage.directory import StageDir
-from gpt2.stage.manifest import TrainFacts
+from gpt2.stage.facts import TrainFacts
 from gpt2.train.anomaly import Anomalies, z_score
 from gpt2.train.loader import Loader
 from gpt2.train.optim import learning_rate
