@@ -74,7 +74,7 @@ def test_documents_are_long_enough_and_nothing_comes_twice(made: list[Document])
 def test_same_installation_same_bytes(tmp_path: Path) -> None:
     """Catches: an order that follows the hash seed or the file system, so that addresses lie."""
     program = (
-        "from pathlib import Path; import sys; from gpt2.installed_docs import *;"
+        "from pathlib import Path; import sys; from gpt2.download.installed_docs import *;"
         "print(write(Path(sys.argv[1]), max_bytes=400_000), installation().sha256)"
     )
     outputs = []
@@ -124,7 +124,7 @@ def test_a_changed_source_file_is_an_error(tmp_path: Path) -> None:
 
 def test_modules_are_parsed_not_imported() -> None:
     """Catches: importing two large packages, with what they start."""
-    program = "import sys; from gpt2.installed_docs import *; documents(); print(sorted(sys.modules))"
+    program = "import sys; from gpt2.download.installed_docs import *; documents(); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
     for name in ("mlflow", "prefect", "prefect.main"):

@@ -38,8 +38,8 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("corpus_parquet", "corpus_lines"):
-        monkeypatch.setattr(f"gpt2.{module}.UNIT_BYTES", 20_000)
+    for module in ("parquet", "lines"):
+        monkeypatch.setattr(f"gpt2.tokenize.{module}.UNIT_BYTES", 20_000)
 
 
 def corpus(path: Path, rows: int = 12_000) -> tuple[Path, list[str]]:
@@ -92,8 +92,8 @@ def test_workers_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest
 
 DRIVER = """
 import os, sys, time
-from gpt2 import cluster, corpus_parquet
-corpus_parquet.UNIT_BYTES = 20_000
+from gpt2.tokenize import cluster, parquet
+parquet.UNIT_BYTES = 20_000
 last, *arguments = sys.argv[1:]
 keep = cluster.RemoteFolder.keep
 def kept(folder, name):

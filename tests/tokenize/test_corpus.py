@@ -25,13 +25,11 @@ from corpus_stages import tokenize_stage
 from gpt2.errors import UserError
 from gpt2.stage import directory as stage
 from gpt2.stage.manifest import Skipped
-from gpt2.tokenize import corpus
-from gpt2.tokenize import lines as corpus_lines
-from gpt2.tokenize import parquet as corpus_parquet
+from gpt2.tokenize import lines, parquet
 from gpt2.tokenize.bpe_tables import character_classes
 from gpt2.tokenize.corpus import divide, kind_of, read
 from gpt2.tokenize.encoder import TiktokenEncoder, encode_unit
-from gpt2.tokenize.reading import _CUT, Batch, CannotReadNow, Reading, Unit, last_cut, slices
+from gpt2.tokenize.reading import _CUT, BATCH_BYTES, BadInput, Batch, CannotReadNow, Reading, Unit, last_cut, slices
 from gpt2.tokenize.stage import expected_tokens, tokenize
 from gpt2.tokenizer import gpt2_encoding
 
@@ -63,7 +61,7 @@ def skipped_of(path: Path) -> list[Skipped]:
 
 
 def small(monkeypatch: pytest.MonkeyPatch, unit: int, batch: int) -> None:
-    for module in (corpus_lines, corpus_parquet):
+    for module in (lines, parquet):
         monkeypatch.setattr(module, "UNIT_BYTES", unit)
         monkeypatch.setattr(module, "BATCH_BYTES", batch)
 
@@ -124,7 +122,7 @@ def test_rows_that_are_not_utf8(tmp_path: Path) -> None:
     raw = pa.array([b"good", None, b"bad \xff\xfe", b"cut \xe6\x9d", b"fine \xc3\xa9"])
     path = write(tmp_path / "a.parquet", raw.view(pa.string()))
     with pytest.raises(UserError, match="row group 0, row 2: not UTF-8"):
-        list(corpus_parquet._text(raw.drop_null().view(pa.string()), TEXT, "x", 0, 1, corpus.BadInput("error")))
+        list(parquet._text(raw.drop_null().view(pa.string()), TEXT, "x", 0, 1, BadInput("error")))
     assert corpus_of(path, SKIP) == ["good", "fine é"]
     assert [(s.rows, s.reason) for s in skipped_of(path)] == [
         (1, "null instead of text; first at row group 0, row 1"),
@@ -198,7 +196,7 @@ def test_a_batch_is_as_large_as_its_text(tmp_path: Path) -> None:
         assert path.stat().st_size < 100_000
         (unit,) = divide([(str(path), path.name)], TEXT)[0]
         sizes = [int(batch.offsets[-1] - batch.offsets[0]) for batch in read(unit, TEXT)]
-        assert sum(sizes) > 50e6 and max(sizes) < 1.1 * corpus.BATCH_BYTES
+        assert sum(sizes) > 50e6 and max(sizes) < 1.1 * BATCH_BYTES
         assert len(sizes) < 25, "Arrow does not take another number of rows midway"
     path = write(tmp_path / "c.parquet", pa.array([f"row {number}" for number in range(40_000)]))
     assert corpus_of(path) == [f"row {number}" for number in range(40_000)]
@@ -501,8 +499,8 @@ class Flaky(io.FileIO):
 
 
 def flaky(monkeypatch: pytest.MonkeyPatch, error: BaseException, good: int) -> None:
-    corpus_parquet._held.__dict__.clear()
-    for module in (corpus_lines, corpus_parquet):
+    parquet._held.__dict__.clear()
+    for module in (lines, parquet):
         monkeypatch.setattr(module, "open_raw", lambda path, name: Flaky(path, error, good))
 
 

@@ -80,9 +80,9 @@ def hashes(stage: StageDir) -> dict[str, str]:
 @pytest.fixture
 def little_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many units and batches out of little text; child processes divide nothing, so they see the same units."""
-    for module in ("corpus_parquet", "corpus_lines"):
-        monkeypatch.setattr(f"gpt2.{module}.UNIT_BYTES", 4000)
-        monkeypatch.setattr(f"gpt2.{module}.BATCH_BYTES", 1500)
+    for module in ("parquet", "lines"):
+        monkeypatch.setattr(f"gpt2.tokenize.{module}.UNIT_BYTES", 4000)
+        monkeypatch.setattr(f"gpt2.tokenize.{module}.BATCH_BYTES", 1500)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -161,8 +161,9 @@ def test_the_same_bytes_for_any_number_of_workers_and_kind_of_file(tmp_path: Pat
 KILLED = """
 import sys
 from pathlib import Path
-for module in ("corpus_parquet", "corpus_lines"):
-    loaded = __import__(f"gpt2.{module}", fromlist=["x"])
+import gpt2.tokenize.lines
+import gpt2.tokenize.parquet
+for loaded in (gpt2.tokenize.parquet, gpt2.tokenize.lines):
     loaded.UNIT_BYTES, loaded.BATCH_BYTES = 4000, 1500
 from gpt2.stage.directory import main
 from gpt2.tokenize.stage import tokenize
@@ -342,7 +343,7 @@ def test_too_little_text(tmp_path: Path) -> None:
 def test_too_little_text_is_said_before_encoding(tmp_path: Path) -> None:
     """Catches: hours of encoding and then an error that the first look at the text could have given."""
     stage = tokenize_stage(tmp_path, [parquet(tmp_path / "a.parquet", texts(200))], val_tokens=10_000_000)
-    with pytest.raises(UserError, match=r"10,000,000.*--val-tokens of gpt2\.cluster"):
+    with pytest.raises(UserError, match=r"10,000,000.*--val-tokens"):
         tokenize(stage)
     assert not (stage.path / "metrics.jsonl").exists() or not list(read_metrics(stage.path / "metrics.jsonl"))
 
