@@ -34,7 +34,7 @@ TOKEN = np.dtype("<u2")
 Tokens = np.ndarray[Any, np.dtype[np.uint16]]
 
 
-class Contents(NamedTuple):
+class ShardStats(NamedTuple):
     """What a look at every token of a shard shows."""
 
     tokens: int
@@ -96,23 +96,23 @@ def open_shard(path: Path) -> Tokens:
     return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
 
 
-def count(tokens: Tokens, piece: int = 1 << 24) -> Contents:
+def scan(tokens: Tokens, piece: int = 1 << 24) -> ShardStats:
     """Look at every token, `piece` of them at a time so that a mapped shard does not pile up in memory."""
     documents, largest = 0, -1
     for start in range(0, len(tokens), piece):
         part = tokens[start : start + piece]
         documents += int(np.count_nonzero(part == EOT))
         largest = max(largest, int(part.max()))
-    return Contents(tokens=len(tokens), documents=documents, largest=largest)
+    return ShardStats(tokens=len(tokens), documents=documents, largest=largest)
 
 
-def verify(path: Path) -> Contents:
+def verify(path: Path) -> ShardStats:
     """Check a shard's header, size and every token.
 
     Raises:
         UserError: as `read_header`, or a token that GPT-2's vocabulary does not have.
     """
-    contents = count(open_shard(path))
+    contents = scan(open_shard(path))
     if contents.largest >= VOCAB_SIZE:
         raise UserError(
             f"shard {path} holds token {contents.largest:,}; GPT-2's vocabulary ends at {VOCAB_SIZE - 1:,}: "
@@ -145,14 +145,14 @@ class ShardWriter:
         Raises:
             UserError: no space is left on the device.
         """
-        with _space(self.path):
+        with _disk_full_as_user_error(self.path):
             self._file.write(np.ascontiguousarray(tokens, dtype=TOKEN).data)
         self.tokens += len(tokens)
         self.documents += int(np.count_nonzero(tokens == EOT))
 
     def close(self) -> None:
         """Put the right header in, bring all to disk, and give the file its name."""
-        with _space(self.path):
+        with _disk_full_as_user_error(self.path):
             self._file.seek(0)
             self._file.write(header(self.tokens))
             self._file.flush()
@@ -174,7 +174,7 @@ class ShardWriter:
 
 
 @contextmanager
-def _space(path: Path) -> Iterator[None]:
+def _disk_full_as_user_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -197,7 +197,7 @@ def describe(path: Path, words: int = 12) -> str:
     return f"{path}: {contents.tokens:,} tokens, {contents.documents:,} documents begin in it; {eot}{first!r}"
 
 
-def _described(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
+def _describe_all(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
     for path in paths:
         found = sorted(path.glob("*.bin")) if path.is_dir() else [path]
         if not found:
@@ -213,7 +213,7 @@ def main(arguments: list[str]) -> None:
     if not arguments or any(argument.startswith("-") for argument in arguments):
         sys.exit("usage: python -m gpt2.shards FILE...")
     good = True
-    for line, fine in _described(Path(argument) for argument in arguments):
+    for line, fine in _describe_all(Path(argument) for argument in arguments):
         print(line, file=sys.stdout if fine else sys.stderr, flush=True)
         good &= fine
     sys.exit(0 if good else 2)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.shards import HEADER_BYTES, ShardWriter, count, describe, open_shard, read_header, verify
+from gpt2.shards import HEADER_BYTES, ShardWriter, describe, open_shard, read_header, scan, verify
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 
@@ -37,7 +37,7 @@ def test_round_trip_and_counts(tmp_path: Path) -> None:
             shard.write(tokens[start : start + 777])
     assert read_header(path) == len(tokens)
     assert np.array_equal(open_shard(path), tokens)
-    assert count(open_shard(path), piece=100) == (10_001, (tokens == EOT).sum(), EOT)
+    assert scan(open_shard(path), piece=100) == (10_001, (tokens == EOT).sum(), EOT)
     assert shard.documents == (tokens == EOT).sum()
 
 

@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 from gpt2.config.section import Section
-from gpt2.download.retries import TRANSIENT, Patience, Retries, first_line
+from gpt2.download.retries import TRANSIENT_STATUSES, Retrier, RetryPolicy, first_line
 from gpt2.errors import UserError
 
 
@@ -52,7 +52,7 @@ class HubFile(Section):
         return self.sha256 or self.blob
 
 
-class Listing(Section):
+class HubListing(Section):
     """listing.json: what is to be downloaded. Kept, so that going on after a kill asks only for what is missing."""
 
     repo: str
@@ -61,21 +61,21 @@ class Listing(Section):
     kind: Literal["datasets", "models"] = "datasets"
 
 
-class Hub:
+class HubRepo:
     """One data set (or model) at one commit, as HF_ENDPOINT and HF_TOKEN say."""
 
     def __init__(
-        self, repo: str, revision: str, patience: Patience, kind: Literal["datasets", "models"] = "datasets"
+        self, repo: str, revision: str, retry_policy: RetryPolicy, kind: Literal["datasets", "models"] = "datasets"
     ) -> None:
         self.repo = repo
         self.kind = kind
         self.revision = revision
-        self.patience = patience
+        self.retry_policy = retry_policy
         self.endpoint = constants.ENDPOINT
         self.timeout = float(constants.HF_HUB_DOWNLOAD_TIMEOUT)  # seconds without a byte, not for the whole
         self.headers = build_hf_headers() | {"Accept-Encoding": "identity"}
 
-    def listing(self, patterns: tuple[str, ...], formats: tuple[str, ...]) -> Listing:
+    def listing(self, patterns: tuple[str, ...], formats: tuple[str, ...]) -> HubListing:
         """The files that `patterns` match: patterns in the given order, sorted by path within each.
 
         "*" stays within a folder, "**" crosses folders.
@@ -102,7 +102,7 @@ class Hub:
                         f"takes {', '.join(formats)}"
                     )
                 chosen[file.path] = file
-        return Listing(repo=self.repo, revision=self.revision, files=tuple(chosen.values()), kind=self.kind)
+        return HubListing(repo=self.repo, revision=self.revision, files=tuple(chosen.values()), kind=self.kind)
 
     def _tree(self, folder: str, recursive: bool) -> list[HubFile]:
         url = f"{self.endpoint}/api/{self.kind}/{self.repo}/tree/{self.revision}"
@@ -125,7 +125,9 @@ class Hub:
 
     def _page(self, url: str) -> tuple[list[dict[str, Any]], str]:
         """One page of a listing and the query of the next, empty at the end."""
-        retries = Retries(f"list {self.repo}", Patience(tries=min(5, self.patience.tries)), threading.Event())
+        retries = Retrier(
+            f"list {self.repo}", RetryPolicy(max_tries=min(5, self.retry_policy.max_tries)), threading.Event()
+        )
         while True:
             try:
                 response = get_session().get(url, headers=self.headers, timeout=self.timeout)
@@ -168,7 +170,7 @@ class Hub:
             return f"{at} lists a file that it does not have: {first_line(error)}"
         if isinstance(error, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE is set: unset it, or use a source of kind local"
-        if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code not in TRANSIENT_STATUSES:
             status = error.response.status_code
             access = ": set HF_TOKEN to a token with access" if status in (401, 403) else f": {first_line(error)}"
             return f"{at} answers {status}{access}"

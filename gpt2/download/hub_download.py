@@ -19,8 +19,8 @@ from huggingface_hub import constants
 
 from gpt2.atomic import fsync_dir
 from gpt2.config.sources import HubFiles, HubModel, HubShards
-from gpt2.download.hub import HTTPError, Hub, HubFile, Listing
-from gpt2.download.retries import DEFAULT, Patience, Retries
+from gpt2.download.hub import HTTPError, HubFile, HubListing, HubRepo
+from gpt2.download.retries import DEFAULT_POLICY, Retrier, RetryPolicy
 from gpt2.errors import UserError
 from gpt2.stage.manifest import read_model, write_model
 
@@ -36,7 +36,7 @@ def download(
     *,
     workers: int,
     progress: Callable[[int, int, int], None],
-    patience: Patience = DEFAULT,
+    retry_policy: RetryPolicy = DEFAULT_POLICY,
 ) -> list[str]:
     """Download a source's files into `directory`/data/; see gpt2.download.sources.fetch, which is how it is called.
 
@@ -53,14 +53,16 @@ def download(
     (directory / "data").mkdir(parents=True, exist_ok=True)
     listing_path = directory / LISTING
     if not listing_path.exists():
-        hub = Hub(source.repo, source.revision, patience, "models" if isinstance(source, HubModel) else "datasets")
+        hub = HubRepo(
+            source.repo, source.revision, retry_policy, "models" if isinstance(source, HubModel) else "datasets"
+        )
         write_model(listing_path, hub.listing(source.files, formats))
-    return _Download(read_model(listing_path, Listing), directory, workers, patience).run(progress)
+    return _Download(read_model(listing_path, HubListing), directory, workers, retry_policy).run(progress)
 
 
 def known_sha256(directory: Path) -> dict[str, str]:
     """sha256 that downloaded files were verified against, by path relative to `directory`."""
-    listing = read_model(directory / LISTING, Listing)
+    listing = read_model(directory / LISTING, HubListing)
     return {relative(index, file): file.sha256 for index, file in enumerate(listing.files) if file.sha256 is not None}
 
 
@@ -68,19 +70,19 @@ def relative(index: int, file: HubFile) -> str:
     return f"data/{index:05d}-{PurePosixPath(file.path).name}"
 
 
-class _Stopped(Exception):
+class _Cancelled(Exception):
     """Another file failed for good; this one is left as it is."""
 
 
 class _Download:
     """The files of one listing, several at a time."""
 
-    def __init__(self, listing: Listing, directory: Path, workers: int, patience: Patience) -> None:
+    def __init__(self, listing: HubListing, directory: Path, workers: int, retry_policy: RetryPolicy) -> None:
         self.listing = listing
         self.directory = directory
         self.workers = workers
-        self.hub = Hub(listing.repo, listing.revision, patience, listing.kind)
-        self.patience = patience
+        self.hub = HubRepo(listing.repo, listing.revision, retry_policy, listing.kind)
+        self.retry_policy = retry_policy
         self.stop = threading.Event()
         self.received = [0] * len(listing.files)  # bytes on disk, by file; each worker writes its own only
 
@@ -151,7 +153,7 @@ class _Download:
 
     def _receive(self, index: int, file: HubFile, part: Path) -> str:
         """Bring `part` to the file's size, from whatever it holds; the hash of what it holds then."""
-        retries = Retries(f"download {file.path} of {self.listing.repo}", self.patience, self.stop)
+        retries = Retrier(f"download {file.path} of {self.listing.repo}", self.retry_policy, self.stop)
         with open(part, "ab") as out:
             have = min(out.tell(), file.size)
             out.truncate(have)
@@ -161,7 +163,7 @@ class _Download:
                 try:
                     for offset, chunk in self.hub.stream(file, have):
                         if self.stop.is_set():
-                            raise _Stopped
+                            raise _Cancelled
                         if offset != have:  # the server starts over
                             out.truncate(offset)
                             digest = _hash_of(part, file)
@@ -182,7 +184,7 @@ class _Download:
                     out.flush()
                     retries.failed(error, self.hub.explain(error))
                     if self.stop.is_set():
-                        raise _Stopped from error
+                        raise _Cancelled from error
             out.flush()
             os.fsync(out.fileno())
         return str(digest.hexdigest())

@@ -29,7 +29,7 @@ every module evenly over the corpus"""
 
 
 @dataclass(frozen=True)
-class Document:
+class CorpusDocument:
     origin: str
     text: str
 
@@ -115,7 +115,7 @@ def write(path: Path, *, max_bytes: int) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    chosen: list[Document] = []
+    chosen: list[CorpusDocument] = []
     size = 0
     for document in documents():
         size += len(document.text.encode())
@@ -131,7 +131,7 @@ def write(path: Path, *, max_bytes: int) -> int:
     return size
 
 
-def documents() -> list[Document]:
+def documents() -> list[CorpusDocument]:
     """All documents, shuffled by the hash of their text; a paragraph that comes twice is kept where it comes first."""
     return sorted(_pieces(docstrings()), key=lambda document: hashlib.sha256(document.text.encode()).digest())
 
@@ -215,17 +215,17 @@ def _items(block: str) -> Iterator[str]:
         yield " ".join(item)
 
 
-def _pieces(sources: Iterable[tuple[str, list[str]]]) -> Iterator[Document]:
+def _pieces(sources: Iterable[tuple[str, list[str]]]) -> Iterator[CorpusDocument]:
     """Documents of SHORTEST to LONGEST characters, as far as paragraphs allow; short neighbours share one."""
     seen: set[str] = set()
     waiting: list[str] = []
     origins: list[str] = []
     length = 0
 
-    def flush() -> Iterator[Document]:
+    def flush() -> Iterator[CorpusDocument]:
         nonlocal length
         if length >= SHORTEST:
-            yield Document(", ".join(dict.fromkeys(origins)), "\n\n".join(waiting))
+            yield CorpusDocument(", ".join(dict.fromkeys(origins)), "\n\n".join(waiting))
             waiting.clear()
             origins.clear()
             length = 0

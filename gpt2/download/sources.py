@@ -21,7 +21,7 @@ from gpt2.errors import UserError
 from gpt2.stage.file_hashes import Hashes
 from gpt2.stage.manifest import canonical
 
-Progress = Callable[[int, int, int], None]
+ProgressCallback = Callable[[int, int, int], None]
 """Called with (bytes done, bytes in all, files done), at most a few times a second, from the calling thread."""
 
 DATA = "data"
@@ -73,7 +73,7 @@ def fetch(
     directory: Path,
     *,
     workers: int = 8,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     text_formats: tuple[str, ...] = TEXT_FORMATS,
 ) -> list[str]:
     """Put a source's files into `directory`/data/ as NNNNN-name, whole and verified; for every kind of source.
@@ -119,7 +119,7 @@ def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
         UserError: a local file changed since it was fetched.
     """
     if identity["kind"] in ("local", "local-shards"):
-        linked = [numbered(index, name) for index, (name, _, _) in enumerate(identity["files"])]
+        linked = [numbered_path(index, name) for index, (name, _, _) in enumerate(identity["files"])]
         return dict(zip(linked, _check_local(identity, [directory / name for name in linked], directory), strict=True))
     if identity["kind"] in ("hub", "hub-shards", "hub-model"):
         from gpt2.download import hub_download
@@ -156,7 +156,7 @@ def identify_weights(path: str, store: Path, *, verify: bool = False) -> str:
     return weights_sha256(files, Hashes(store, verify=verify).of(files))
 
 
-def numbered(index: int, name: str) -> str:
+def numbered_path(index: int, name: str) -> str:
     """Path of the index-th file in a stage's directory; the number keeps the reading order.
 
     Raises:
@@ -203,7 +203,9 @@ def check_format(name: str, formats: tuple[str, ...]) -> None:
         raise UserError(f"{name} is of no known format: this source takes {', '.join(formats)}")
 
 
-def _link_local(identity: dict[str, Any], hints: dict[str, Any], directory: Path, progress: Progress) -> list[str]:
+def _link_local(
+    identity: dict[str, Any], hints: dict[str, Any], directory: Path, progress: ProgressCallback
+) -> list[str]:
     paths = [Path(path) for path in hints["paths"]]
     for path in paths:
         if not path.is_file():
@@ -211,7 +213,7 @@ def _link_local(identity: dict[str, Any], hints: dict[str, Any], directory: Path
     _check_local(identity, paths, directory)
     linked = []
     for index, (path, (name, _, _)) in enumerate(zip(paths, identity["files"], strict=True)):
-        linked.append(numbered(index, name))
+        linked.append(numbered_path(index, name))
         _symlink(path.resolve(), directory / linked[-1])
     fsync_dir(directory / DATA)
     total = sum(size for _, size, _ in identity["files"])
@@ -245,14 +247,14 @@ def _symlink(target: Path, link: Path) -> None:
 # ----------------------------------------------------------------------------------------------- installed documents
 
 
-def _write_installed_docs(identity: dict[str, Any], directory: Path, progress: Progress) -> list[str]:
+def _write_installed_docs(identity: dict[str, Any], directory: Path, progress: ProgressCallback) -> list[str]:
     now = installed_docs.installation().sha256
     if now != identity["installation"]:
         raise UserError(
             f"mlflow or prefect changed since the run was planned (sha256 {identity['installation'][:12]} then, "
             f"{now[:12]} now): run the command again"
         )
-    relative = numbered(0, "installed-docs.parquet")
+    relative = numbered_path(0, "installed-docs.parquet")
     size = installed_docs.write(directory / relative, max_bytes=identity["max_bytes"])
     progress(size, size, 1)
     return [relative]

@@ -20,7 +20,7 @@ def work(stage: StageDir) -> None:
     """Fetch the source of the stage's configuration and write the manifest."""
     identity = stage.request.config["source"]
     hints = stage.request.hints.get("source", {})
-    with Reporter(stage.metrics()) as report:
+    with DownloadProgress(stage.metrics()) as report:
         files = fetch(identity, hints, stage.path, workers=stage.runtime.download_workers, progress=report)
     facts = DownloadFacts(
         kind=identity["kind"],
@@ -43,7 +43,7 @@ def origin(identity: dict[str, Any], hints: dict[str, Any]) -> str:
     return f"local files: {', '.join(names[:3])}{more}"
 
 
-class Reporter:
+class DownloadProgress:
     """Progress to metrics.jsonl about once a second and to the terminal every few seconds."""
 
     METRICS_SECONDS, PRINT_SECONDS = 1.0, 5.0
@@ -69,7 +69,7 @@ class Reporter:
             sizes = f"{done / 1e9:,.3f} of {total / 1e9:,.3f} GB"
             print(f"download: {files} files whole, {sizes}, {rate / 1e6:,.1f} MB/s, {left}", flush=True)
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> DownloadProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

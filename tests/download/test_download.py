@@ -24,9 +24,9 @@ from huggingface_hub.errors import HfHubHTTPError
 from gpt2.config.run import Runtime
 from gpt2.config.sources import HubFiles, HubShards, LocalFiles
 from gpt2.download import hub_download
-from gpt2.download.retries import Patience, Retries
+from gpt2.download.retries import Retrier, RetryPolicy
 from gpt2.download.sources import SHARD_FORMATS, TEXT_FORMATS, fetch, identify
-from gpt2.download.stage import Reporter
+from gpt2.download.stage import DownloadProgress
 from gpt2.errors import UserError
 from gpt2.plan import prepare
 from gpt2.stage.manifest import DownloadFacts, Manifest, Request, read_model
@@ -35,7 +35,7 @@ from gpt2.stage.metrics import MetricsWriter, read_metrics
 pytestmark = pytest.mark.slow  # faults take their time-outs
 
 REPO = "someone/texts"
-QUICK = Patience(tries=4, first_wait=0.02, longest_wait=0.05)
+QUICK = RetryPolicy(max_tries=4, initial_backoff=0.02, max_backoff=0.05)
 
 
 def content(seed: int, size: int) -> bytes:
@@ -67,11 +67,13 @@ def source(*patterns: str, repo: str = REPO, revision: str = REVISION) -> HubFil
     return HubFiles(repo=repo, revision=revision, files=patterns or ("sample/*.parquet",))
 
 
-def get(wanted: HubFiles | HubShards, directory: Path, workers: int = 2, patience: Patience = QUICK) -> list[bytes]:
+def get(
+    wanted: HubFiles | HubShards, directory: Path, workers: int = 2, retry_policy: RetryPolicy = QUICK
+) -> list[bytes]:
     """Download in this process; the files' bytes in reading order."""
     formats = TEXT_FORMATS if isinstance(wanted, HubFiles) else SHARD_FORMATS
     names = hub_download.download(
-        wanted, formats, directory, workers=workers, progress=lambda done, total, files: None, patience=patience
+        wanted, formats, directory, workers=workers, progress=lambda done, total, files: None, retry_policy=retry_policy
     )
     return [(directory / name).read_bytes() for name in names]
 
@@ -241,7 +243,7 @@ def test_an_answer_that_asks_for_no_pause_gets_one(capsys: pytest.CaptureFixture
     for asked, least in (("0", 0.75 * 77), ("40", 11 * 40)):
         response = httpx.Response(503, headers={"Retry-After": asked}, request=request)
         waits = Waits()
-        retries = Retries("get x", Patience(tries=12, longest_wait=10.0), waits)
+        retries = Retrier("get x", RetryPolicy(max_tries=12, max_backoff=10.0), waits)
         with pytest.raises(UserError, match="12 tries in a row"):
             while True:
                 retries.failed(HfHubHTTPError("503", response=response), None)
@@ -455,7 +457,7 @@ def test_a_disk_that_fills_up_midway(server: HubServer, tmp_path: Path) -> None:
 
 def test_progress_is_printed_with_rate_and_time_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Catches: an hour of silence; a rate that counts what an earlier session downloaded."""
-    with Reporter(MetricsWriter(tmp_path / "metrics.jsonl")) as report:
+    with DownloadProgress(MetricsWriter(tmp_path / "metrics.jsonl")) as report:
         report.PRINT_SECONDS = report.METRICS_SECONDS = 0.0
         report(500_000_000, 3_000_000_000, 1)
         time.sleep(0.5)
