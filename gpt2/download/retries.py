@@ -1,4 +1,4 @@
-"""Trying again: how often, how long to wait between, and when to stop."""
+"""Retries with exponential backoff, jitter and Retry-After."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from huggingface_hub.utils import parse_ratelimit_headers
 from gpt2.errors import UserError, without_credentials
 
 TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""statuses of answers that may be others in a while"""
+"""HTTP statuses that a retry may resolve"""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long to try again. A try that brought new bytes starts the count anew."""
+    """Limits of retries. A try that receives new bytes resets the count."""
 
     max_tries: int = 12
     initial_backoff: float = 0.5
-    """seconds; doubled at each further failure"""
+    """seconds; doubled at each failure in a row"""
     max_backoff: float = 30.0
     max_retry_after: float = 300.0
-    """of a Retry-After: the Hub counts requests in windows of five minutes"""
+    """seconds; the Hub's rate limits apply to windows of five minutes"""
 
 
 DEFAULT_POLICY = RetryPolicy()
 
 
 class Retrier:
-    """Waits after each failure, longer each time, and gives up after too many in a row."""
+    """Waits after each failure and raises after `max_tries` in a row."""
 
-    def __init__(self, what: str, retry_policy: RetryPolicy, stop: threading.Event) -> None:
-        self.what = what
+    def __init__(self, action: str, retry_policy: RetryPolicy, stop: threading.Event) -> None:
+        self.action = action
         self.retry_policy = retry_policy
         self.stop = stop
         self.failures = 0
@@ -45,32 +45,35 @@ class Retrier:
         self.failures = 0
 
     def failed(self, error: Exception, fatal: str | None) -> None:
-        """Wait, unless `hopeless` says why that is no use.
+        """Wait for the next try.
+
+        Args:
+            fatal: the message for an error that a retry does not resolve, else None.
 
         Raises:
-            UserError: it is no use, or it failed too often.
+            UserError: `fatal` is given, or `max_tries` tries in a row failed.
         """
         if fatal is not None:
             raise UserError(fatal) from error
         self.failures += 1
         if self.failures >= self.retry_policy.max_tries:
             raise UserError(
-                f"could not {self.what}, {self.failures} tries in a row: {first_line(error)}; check the network and "
-                "HF_ENDPOINT and run again, it goes on where it stopped"
+                f"could not {self.action}, {self.failures} tries in a row: {first_line(error)}; check the network and "
+                "HF_ENDPOINT and run again, the download resumes"
             ) from error
         backoff = min(self.retry_policy.max_backoff, self.retry_policy.initial_backoff * 2 ** (self.failures - 1))
-        seconds = backoff * random.uniform(0.75, 1.25)  # so that the workers do not come back all at once
-        asked = _retry_after(error)
-        if asked is not None:
-            # Never sooner than the backoff: an answer that says 0 again and again would use up the tries in seconds.
-            seconds = max(seconds, min(asked, self.retry_policy.max_retry_after) + random.uniform(0.0, 0.5))
+        seconds = backoff * random.uniform(0.75, 1.25)  # so that workers do not retry at the same time
+        retry_after = _retry_after(error)
+        if retry_after is not None:
+            # Not below the backoff: repeated Retry-After: 0 would use all tries within seconds.
+            seconds = max(seconds, min(retry_after, self.retry_policy.max_retry_after) + random.uniform(0.0, 0.5))
         if seconds >= 5:
-            print(f"could not {self.what} ({first_line(error)}); trying again in {seconds:.0f} s", flush=True)
+            print(f"could not {self.action} ({first_line(error)}); retrying in {seconds:.0f} s", flush=True)
         self.stop.wait(seconds)
 
 
 def _retry_after(error: Exception) -> float | None:
-    """Seconds that the answer asks to wait: Retry-After in seconds or as a date, or the Hub's own RateLimit."""
+    """Seconds to wait by the response's Retry-After (seconds or a date) or RateLimit header."""
     if not isinstance(error, HfHubHTTPError):
         return None
     headers = error.response.headers
