@@ -15,11 +15,11 @@ import numpy as np
 
 from gpt2.console import command
 from gpt2.shards import TOKEN, Tokens
-from gpt2.tokenize.bpe import Kernel
+from gpt2.tokenize.bpe import NativeEncoder
 from gpt2.tokenize.bpe_test_text import hard_document
 from gpt2.tokenize.encoder import TiktokenEncoder
-from gpt2.tokenize.lines import utf8
-from gpt2.tokenize.reading import Batch
+from gpt2.tokenize.lines import to_utf8
+from gpt2.tokenize.reading import DocumentBatch
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 BATCH = 2000
@@ -27,25 +27,25 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _EOT = np.array([EOT], dtype=TOKEN)
 
 
-def difference(kernel: Kernel, judge: TiktokenEncoder, documents: list[str]) -> str | None:
+def difference(native: NativeEncoder, reference: TiktokenEncoder, documents: list[str]) -> str | None:
     """The first document whose tokens differ, or None."""
-    right = [_right(judge, document) for document in documents]
-    raw = [utf8(document) for document in documents]
-    if np.array_equal(kernel.encode(Batch.of(raw)), np.concatenate(right)):
+    right = [_right(reference, document) for document in documents]
+    raw = [to_utf8(document) for document in documents]
+    if np.array_equal(native.encode(DocumentBatch.of(raw)), np.concatenate(right)):
         return None
     for document, text, tokens in zip(documents, raw, right, strict=True):
-        if not np.array_equal(kernel.encode(Batch.of([text])), tokens):
+        if not np.array_equal(native.encode(DocumentBatch.of([text])), tokens):
             return document
     return "\x00 only together: ".join(documents)
 
 
-def _right(judge: TiktokenEncoder, document: str) -> Tokens:
+def _right(reference: TiktokenEncoder, document: str) -> Tokens:
     """The tokens of a document that begins. tiktoken gets the string itself, so that what our reading makes of
-    surrogates (corpus_lines.utf8) is judged too."""
+    surrogates (gpt2.tokenize.lines.to_utf8) is judged too."""
     if _SURROGATE.search(document):
         tokens = np.array(gpt2_encoding().encode_ordinary(document), dtype=TOKEN)
     else:
-        tokens = judge.encode_text(document)  # as encode_ordinary, also for a million blanks
+        tokens = reference.encode_text(document)  # as encode_ordinary, also for a million blanks
     return np.concatenate((_EOT, tokens))
 
 
@@ -56,12 +56,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--longest", type=int, default=120, help="characters of a document, about")
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
-    kernel, judge = Kernel(gpt2_encoding()), TiktokenEncoder()
+    native, reference = NativeEncoder(gpt2_encoding()), TiktokenEncoder()
     started, said, count, size = time.monotonic(), 0.0, 0, 0
     print(f"seed {options.seed}", flush=True)
     while (seconds := time.monotonic() - started) < options.seconds:
         documents = [hard_document(rng, options.longest) for _ in range(BATCH)]
-        found = difference(kernel, judge, documents)
+        found = difference(native, reference, documents)
         if found is not None:
             sys.exit(f"error: seed {options.seed}, after {count:,} documents: the encoders differ on {found!r}")
         count += BATCH

@@ -154,12 +154,12 @@ def costs(file: Path) -> list[tuple[str, float | None, float | None]]:
     """(step, ms a MB of text for the plain method, for ours) on one core, each step by itself."""
     from gpt2.tokenize.bpe import make_encoder
     from gpt2.tokenize.corpus import divide, read
-    from gpt2.tokenize.reading import Batch, Reading
+    from gpt2.tokenize.reading import DocumentBatch, ReadOptions
 
-    encoder, reading = make_encoder("auto", quiet=True), Reading("text")
+    encoder, reading = make_encoder("auto", quiet=True), ReadOptions("text")
     units, _ = divide([(str(file), file.name)], reading)
 
-    def batches() -> Iterator[Batch]:
+    def batches() -> Iterator[DocumentBatch]:
         size = 0
         for unit in units:
             for batch in read(unit, reading):

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: temporary name, fsync, rename."""
+"""Atomic writing of files: temporary name, fsync, rename."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from gpt2.errors import NO_SPACE, UserError
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a temporary file beside `path` that becomes `path` when the block ends without an exception.
+    """Open a temporary file in the folder of `path` that is renamed to `path` at the end of the block.
 
-    The data is on disk before the name is (fsync of the file, rename, fsync of the folder). After an exception the
-    temporary file is gone and whatever stood at `path` still stands. After a kill a `.*.tmp` file may be left;
-    nothing ever reads one.
+    Syncs the file, renames it, syncs the folder. After an exception, the temporary file is deleted and `path` is
+    unchanged. A kill may leave a `.*.tmp` file, which nothing reads.
 
     Raises:
         UserError: no space is left on the device.
@@ -40,13 +39,13 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path`, whole or not at all."""
+    """Write `text` to `path` atomically."""
     with atomic_write(path, "w") as file:
         file.write(text)
 
 
 def fsync_dir(path: Path) -> None:
-    """Make renames inside folder `path` survive a power cut."""
+    """Sync folder `path`, so that renames in it survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

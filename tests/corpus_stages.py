@@ -1,4 +1,4 @@
-"""Store directories for tests of the tokenize stage: a finished download, and a request to tokenize it."""
+"""Stage directories for tests: a finished download, and a tokenize stage that reads it."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def tokenize_stage(
 ) -> StageDir:
     """A tokenize stage whose corpus is `files`, ready to run; config is TokenizeConfig's fields."""
     identity = [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in files]
-    asked = Request(
+    corpus = Request(
         stage="download", version=1, config={"source": {"kind": kind, "files": identity, "text_column": column}}
     )
-    download = store / asked.address
-    write_model(download / REQUEST, asked)
+    download = store / corpus.address
+    write_model(download / REQUEST, corpus)
     names = []
     for index, path in enumerate(files):
         name = f"data/{index:05d}-{path.name}"
@@ -44,7 +44,7 @@ def tokenize_stage(
     facts = DownloadFacts(kind=kind, text_column=column, files=tuple(names), total_bytes=size, origin="test")
     StageDir(download).finish(names, facts)
     section = TokenizeConfig(**config).model_dump(mode="json")
-    request = Request(stage="tokenize", version=1, config=section, inputs={"corpus": asked.address})
+    request = Request(stage="tokenize", version=1, config=section, inputs={"corpus": corpus.address})
     directory = store / request.address
     write_model(directory / REQUEST, request)
     write_model(directory / RUNTIME, Runtime(store=store, **(runtime or {})))
@@ -59,6 +59,6 @@ def stream(stage: StageDir) -> list[int]:
 
 
 def expected(documents: Sequence[str]) -> list[int]:
-    """What tiktoken makes of the documents."""
+    """tiktoken's tokens of the documents."""
     encoding = gpt2_encoding()
     return [token for text in documents for token in (EOT, *encoding.encode_ordinary(text))]

@@ -1,8 +1,8 @@
-"""A Hub for tests: speaks the protocol of the Hugging Face Hub for small data sets, and fails as it is told to.
+"""A fake Hugging Face Hub for tests, with small data sets and injected faults.
 
-Spoken are the listing of a tree (in pages), the resolving of a file (HEAD and GET, with the Hub's headers), the
+Implemented are the listing of a tree (in pages), the resolving of a file (HEAD and GET, with the Hub's headers), the
 redirection of large files to storage on another host and of small ones to another path, ranges, and the Hub's errors.
-test_download.py lets huggingface_hub's own client judge that it is one.
+test_download.py checks it with huggingface_hub's own client.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass(frozen=True)
 class Fault:
-    """How one request for a file's bytes, or for a page of a listing, goes wrong."""
+    """A fault of one request for a file's bytes or for a page of a listing."""
 
     kind: str
     """status, cut (the connection, after `after` bytes), stall (after `after` bytes), wrong (bytes), short (a body
@@ -35,7 +35,7 @@ class Fault:
 
 @dataclass
 class Seen:
-    """One request and what was sent for it."""
+    """One request, and the number of bytes sent for it."""
 
     method: str
     path: str
@@ -54,7 +54,7 @@ class Dataset:
     gated: bool = False
     token: str = "hf_right"
     sizes: dict[str, int] = field(default_factory=dict)
-    """sizes that the listing tells instead of the true ones"""
+    """sizes that the listing reports instead of the true ones"""
 
     def entry(self, path: str) -> dict[str, Any]:
         data = self.files[path]
@@ -163,12 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         url = urlsplit(self.path)
-        asked = self.headers.get("Range", "bytes=0-")
+        byte_range = self.headers.get("Range", "bytes=0-")
         seen = Seen(
             self.command,
             unquote(url.path),
             self.server.name,
-            int(asked.removeprefix("bytes=").split("-")[0]),
+            int(byte_range.removeprefix("bytes=").split("-")[0]),
             self.headers.get("Authorization"),
             time.time(),
         )
@@ -222,7 +222,7 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.server.hub
         fault = hub.fault("tree")
         if fault is not None and fault.kind == "status":
-            self._error(fault.status, "", "told to fail", fault.headers)
+            self._error(fault.status, "", "injected fault", fault.headers)
             return
         if fault is not None and fault.kind == "stall":
             hub.closing.wait(30)
@@ -278,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
         fault = hub.fault(path) if self.command == "GET" else None
         kind = fault.kind if fault is not None else ""
         if fault is not None and kind == "status":
-            self._error(fault.status, "", "told to fail", fault.headers)
+            self._error(fault.status, "", "injected fault", fault.headers)
             return
         if kind == "wrong":
             data = data[:-1] + bytes([data[-1] ^ 1])

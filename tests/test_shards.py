@@ -1,4 +1,4 @@
-"""gpt2.shards: the format, what is refused and with what words, and files that appear whole or not at all."""
+"""gpt2.shards: the format, refusal of invalid files, and atomic writing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gpt2.errors import UserError
-from gpt2.shards import HEADER_BYTES, ShardWriter, count, describe, open_shard, read_header, verify
+from gpt2.shards import HEADER_BYTES, ShardWriter, describe, open_shard, read_header, scan, verify
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 
@@ -21,7 +21,7 @@ def make(path: Path, tokens: list[int]) -> Path:
     return path
 
 
-def test_bytes_of_a_shard(tmp_path: Path) -> None:
+def test_bytes_of_a_shard_are_llm_c_s(tmp_path: Path) -> None:
     """Catches any drift from llm.c's format, byte for byte, without our own reader's help."""
     raw = make(tmp_path / "a.bin", [EOT, 1, 65535]).read_bytes()
     assert raw == struct.pack("<3i", 20240520, 1, 3) + bytes(1024 - 12) + struct.pack("<3H", 50256, 1, 65535)
@@ -37,7 +37,7 @@ def test_round_trip_and_counts(tmp_path: Path) -> None:
             shard.write(tokens[start : start + 777])
     assert read_header(path) == len(tokens)
     assert np.array_equal(open_shard(path), tokens)
-    assert count(open_shard(path), piece=100) == (10_001, (tokens == EOT).sum(), EOT)
+    assert scan(open_shard(path), piece=100) == (10_001, (tokens == EOT).sum(), EOT)
     assert shard.documents == (tokens == EOT).sum()
 
 
@@ -52,12 +52,12 @@ def test_empty_shard_opens(tmp_path: Path) -> None:
         (lambda raw: raw[:-512], "header says 1,000 tokens, the file holds 744; delete it and run again"),
         (lambda raw: raw[:-1], "header says 1,000 tokens, the file holds 999 and half a token; delete it"),
         (lambda raw: raw + bytes(2), "header says 1,000 tokens, the file holds 1,001"),
-        (lambda raw: raw[:100], "it holds 100 bytes, a header alone has 1,024"),
+        (lambda raw: raw[:100], "it has 100 bytes, less than a header's 1,024"),
         (
             lambda raw: struct.pack("<i", 20240801) + raw[4:],
             "it begins with 20240801, a GPT-2 shard begins with 20240520",
         ),
-        (lambda raw: raw[:4] + struct.pack("<i", 2) + raw[8:], "has version 2; this program reads version 1"),
+        (lambda raw: raw[:4] + struct.pack("<i", 2) + raw[8:], "has version 2; only version 1 is supported"),
         (lambda raw: raw[:8] + struct.pack("<i", -5) + raw[12:], "header says -5 tokens"),
     ],
 )
@@ -107,12 +107,12 @@ def test_description(tmp_path: Path) -> None:
         tmp_path / "a.bin", [EOT, *encoding.encode_ordinary("It was night."), EOT, *encoding.encode_ordinary("Two")]
     )
     assert describe(path).endswith("a.bin: 7 tokens, 2 documents begin in it; 'It was night. Two'")
-    assert "0 documents begin in it; goes on in a document: 'night.'" in describe(
+    assert "0 documents begin in it; continues a document: 'night.'" in describe(
         make(tmp_path / "b.bin", encoding.encode_ordinary(" night."))
     )
 
 
-def test_command(tmp_path: Path) -> None:
+def test_the_command_goes_on_after_an_invalid_shard(tmp_path: Path) -> None:
     """Catches stopping at the first bad file, and a zero exit status in spite of it."""
     good, bad = make(tmp_path / "good.bin", [EOT, 40]), tmp_path / "bad.bin"
     bad.write_bytes(bytes(HEADER_BYTES))
@@ -124,7 +124,7 @@ def test_command(tmp_path: Path) -> None:
     assert done.stdout == f"{good}: 2 tokens, 1 documents begin in it; 'I'\n"
 
 
-def test_folders(tmp_path: Path) -> None:
+def test_a_folder_stands_for_its_shards(tmp_path: Path) -> None:
     """Catches a traceback for a folder where files are meant."""
     for name in ("b.bin", "a.bin"):
         make(tmp_path / name, [EOT, 40])
@@ -133,6 +133,6 @@ def test_folders(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert [line.split(":")[0] for line in done.stdout.splitlines()] == [f"{tmp_path}/{name}.bin" for name in "ab"]
-    assert done.stderr.startswith(f"error: no shard lies in {tmp_path / 'empty'}") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {tmp_path / 'empty'} holds no") and done.stderr.count("\n") == 1
     with pytest.raises(UserError, match="is a folder, not a shard"):
         read_header(tmp_path)

@@ -1,4 +1,4 @@
-"""gpt2.tokenizer: the vocabulary comes from where it should, and ids are GPT-2's."""
+"""gpt2.tokenizer: the source of the vocabulary, and token ids."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", LOAD], env=environment, capture_output=True, text=True)
 
 
-def test_ids_and_eot() -> None:
+def test_ids_are_those_of_the_gpt2_encoding() -> None:
     """Catches another encoding (r50k, p50k, ...) under the same name, or another number for end of text."""
     encoding = gpt2_encoding()
     assert encoding.encode_ordinary("Hello, world") == [15496, 11, 995]
@@ -42,7 +42,7 @@ def test_no_network_and_empty_home(tmp_path: Path) -> None:
     assert {path.name for path in cached.iterdir()} == {name for name, _ in FILES.values()}
 
 
-def test_a_damaged_cache_is_mended(tmp_path: Path) -> None:
+def test_a_damaged_cache_is_repaired_without_a_network(tmp_path: Path) -> None:
     """tiktoken deletes a file with a wrong hash and fetches it; without a network that must not be the end."""
     cached = tmp_path / ".cache/reproduce-gpt2/tiktoken"
     cached.mkdir(parents=True)
@@ -69,9 +69,9 @@ def test_environment_is_left_as_it_was() -> None:
     assert dict(os.environ) == before
 
 
-def test_files_nowhere_is_one_clear_error(tmp_path: Path) -> None:
+def test_missing_files_are_reported_in_one_line(tmp_path: Path) -> None:
     """Catches a traceback from requests' depths where the distribution is missing and nothing can be fetched."""
-    code = "import gpt2.tokenizer as t; t.CARRIER = 'not-installed'\ntry: t.gpt2_encoding()\n" \
+    code = "import gpt2.tokenizer as t; t.DISTRIBUTION = 'not-installed'\ntry: t.gpt2_encoding()\n" \
         "except t.UserError as e: print(e)"  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k not in (*CACHE_VARIABLES, "XDG_CACHE_HOME")}
     environment |= {"HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"}

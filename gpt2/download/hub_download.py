@@ -1,12 +1,13 @@
-"""Downloading the files of a Hub data set: several at a time, each from the byte where it stopped, each verified.
+"""Downloads the files of a Hub repository: several at a time, resumed at the byte where they stopped, and verified.
 
-A file grows under data/.NNNNN-name.part and gets its name only when its hash is the one that the Hub lists, so that
-what has its name is whole, whenever the process was killed.
+Bytes are appended to data/.NNNNN-name.part, which is renamed when its hash equals the Hub's. So a file under its final
+name is complete, whenever the process is killed.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import threading
@@ -19,14 +20,13 @@ from huggingface_hub import constants
 
 from gpt2.atomic import fsync_dir
 from gpt2.config.sources import HubFiles, HubModel, HubShards
-from gpt2.download.hub import HTTPError, Hub, HubFile, Listing
-from gpt2.download.retries import DEFAULT, Patience, Retries
+from gpt2.download.hub import HTTPError, HubFile, HubListing, HubRepo
+from gpt2.download.retries import DEFAULT_POLICY, Retrier, RetryPolicy
 from gpt2.errors import UserError
 from gpt2.stage.manifest import read_model, write_model
 
 LISTING = "listing.json"
-CHUNK = 1 << 20
-WRONG_BYTES_LIMIT = 3  # whole downloads of one file with the wrong hash
+MAX_WRONG_HASHES = 3  # complete downloads of one file with a wrong hash
 
 
 def download(
@@ -36,15 +36,16 @@ def download(
     *,
     workers: int,
     progress: Callable[[int, int, int], None],
-    patience: Patience = DEFAULT,
+    retry_policy: RetryPolicy = DEFAULT_POLICY,
 ) -> list[str]:
-    """Download a source's files into `directory`/data/; see gpt2.download.sources.fetch, which is how it is called.
+    """Download a source's files into `directory`/data/. Called by gpt2.download.sources.fetch.
 
     Args:
-        formats: the suffixes that its files may have.
+        formats: suffixes that its files may have.
+        progress: see sources.ProgressCallback.
 
     Raises:
-        UserError: not found, no access, no network, no space, or wrong bytes again and again.
+        UserError: not found, no access, no network, no space, or MAX_WRONG_HASHES wrong hashes.
     """
     if constants.is_offline_mode():
         raise UserError(
@@ -53,14 +54,16 @@ def download(
     (directory / "data").mkdir(parents=True, exist_ok=True)
     listing_path = directory / LISTING
     if not listing_path.exists():
-        hub = Hub(source.repo, source.revision, patience, "models" if isinstance(source, HubModel) else "datasets")
+        hub = HubRepo(
+            source.repo, source.revision, retry_policy, "models" if isinstance(source, HubModel) else "datasets"
+        )
         write_model(listing_path, hub.listing(source.files, formats))
-    return _Download(read_model(listing_path, Listing), directory, workers, patience).run(progress)
+    return _Download(read_model(listing_path, HubListing), directory, workers, retry_policy).run(progress)
 
 
 def known_sha256(directory: Path) -> dict[str, str]:
-    """sha256 that downloaded files were verified against, by path relative to `directory`."""
-    listing = read_model(directory / LISTING, Listing)
+    """The sha256 that downloads were verified against, by path relative to `directory`."""
+    listing = read_model(directory / LISTING, HubListing)
     return {relative(index, file): file.sha256 for index, file in enumerate(listing.files) if file.sha256 is not None}
 
 
@@ -68,31 +71,31 @@ def relative(index: int, file: HubFile) -> str:
     return f"data/{index:05d}-{PurePosixPath(file.path).name}"
 
 
-class _Stopped(Exception):
-    """Another file failed for good; this one is left as it is."""
+class _Cancelled(Exception):
+    """Another file failed; this one keeps its part."""
 
 
 class _Download:
-    """The files of one listing, several at a time."""
+    """Downloads the files of one listing with several threads."""
 
-    def __init__(self, listing: Listing, directory: Path, workers: int, patience: Patience) -> None:
+    def __init__(self, listing: HubListing, directory: Path, workers: int, retry_policy: RetryPolicy) -> None:
         self.listing = listing
         self.directory = directory
         self.workers = workers
-        self.hub = Hub(listing.repo, listing.revision, patience, listing.kind)
-        self.patience = patience
+        self.hub = HubRepo(listing.repo, listing.revision, retry_policy, listing.kind)
+        self.retry_policy = retry_policy
         self.stop = threading.Event()
-        self.received = [0] * len(listing.files)  # bytes on disk, by file; each worker writes its own only
+        self.received = [0] * len(listing.files)  # bytes on disk per file; written by the file's thread only
 
     def run(self, progress: Callable[[int, int, int], None]) -> list[str]:
         files = self.listing.files
         targets = [self.directory / relative(index, file) for index, file in enumerate(files)]
         missing = []
         for index, (file, target) in enumerate(zip(files, targets, strict=True)):
-            whole = target.exists() and target.stat().st_size == file.size  # has its name only when verified
+            complete = target.exists() and target.stat().st_size == file.size
             part = _part(target)
-            self.received[index] = file.size if whole else part.stat().st_size if part.exists() else 0
-            if not whole:
+            self.received[index] = file.size if complete else part.stat().st_size if part.exists() else 0
+            if not complete:
                 missing.append(index)
         total = sum(file.size for file in files)
         self._check_space(total)
@@ -124,34 +127,34 @@ class _Download:
         if need > free:
             raise UserError(
                 f"{name} needs {need / 1e9:,.1f} GB more, {free / 1e9:,.1f} GB are free at {self.directory}: "
-                "make room, set runtime.store to a larger disk, or take fewer files"
+                "free space, set runtime.store to a larger disk, or select fewer files"
             )
 
     def _fetch(self, index: int, file: HubFile, target: Path) -> None:
         try:
-            for _ in range(WRONG_BYTES_LIMIT):
-                got = self._receive(index, file, _part(target))
-                if got == file.expected:
+            for _ in range(MAX_WRONG_HASHES):
+                actual = self._receive(index, file, _part(target))
+                if actual == file.expected:
                     _part(target).replace(target)
                     fsync_dir(target.parent)
                     return
                 _part(target).unlink()
                 kind = "sha256" if file.sha256 else "git blob sha1"
-                print(f"download: {file.path} has {kind} {got}, not {file.expected}; fetching it again", flush=True)
+                print(
+                    f"download: {file.path} has {kind} {actual}, not {file.expected}; downloading it again", flush=True
+                )
             raise UserError(
-                f"{file.path} of {self.listing.repo}: {kind} {got} came, the Hub lists {file.expected}, "
-                f"{WRONG_BYTES_LIMIT} times in a row; a proxy or mirror between changes it: check HF_ENDPOINT"
+                f"{file.path} of {self.listing.repo}: received {kind} {actual}, the Hub lists {file.expected}, "
+                f"{MAX_WRONG_HASHES} times in a row; a proxy or mirror changes it: check HF_ENDPOINT"
             )
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise UserError(
-                    f"no space left for {target}: free some and run again, it goes on where it stopped"
-                ) from error
+                raise UserError(f"no space left for {target}: free some and run again, the download resumes") from error
             raise
 
     def _receive(self, index: int, file: HubFile, part: Path) -> str:
-        """Bring `part` to the file's size, from whatever it holds; the hash of what it holds then."""
-        retries = Retries(f"download {file.path} of {self.listing.repo}", self.patience, self.stop)
+        """Append to `part` up to the file's size; returns the hash of its content."""
+        retries = Retrier(f"download {file.path} of {self.listing.repo}", self.retry_policy, self.stop)
         with open(part, "ab") as out:
             have = min(out.tell(), file.size)
             out.truncate(have)
@@ -161,8 +164,8 @@ class _Download:
                 try:
                     for offset, chunk in self.hub.stream(file, have):
                         if self.stop.is_set():
-                            raise _Stopped
-                        if offset != have:  # the server starts over
+                            raise _Cancelled
+                        if offset != have:  # the server restarts the file
                             out.truncate(offset)
                             digest = _hash_of(part, file)
                             have = offset
@@ -171,7 +174,7 @@ class _Download:
                         digest.update(chunk)
                         have += len(chunk)
                         self.received[index] = have
-                        if have > furthest:  # only new bytes count: a server may send the first ones for ever
+                        if have > furthest:  # only new bytes: a server may repeat the first ones forever
                             furthest = have
                             retries.progressed()
                         if have == file.size:
@@ -182,20 +185,17 @@ class _Download:
                     out.flush()
                     retries.failed(error, self.hub.explain(error))
                     if self.stop.is_set():
-                        raise _Stopped from error
+                        raise _Cancelled from error
             out.flush()
             os.fsync(out.fileno())
         return str(digest.hexdigest())
 
 
 def _hash_of(part: Path, file: HubFile) -> Any:
-    digest = file.hasher()
-    with open(part, "rb") as written:
-        while block := written.read(CHUNK):
-            digest.update(block)
-    return digest
+    with open(part, "rb") as content:
+        return hashlib.file_digest(content, file.hasher)
 
 
 def _part(target: Path) -> Path:
-    """Where a file grows until it is whole."""
+    """The file that a download is appended to."""
     return target.with_name(f".{target.name}.part")

@@ -1,7 +1,7 @@
-"""English prose for a corpus that needs no data set: the docstrings of two packages that every installation has.
+"""A corpus of English prose without a download: the docstrings of two packages that this project requires.
 
-The project pins both packages exactly, so the corpus is the same on every machine, under every supported Python, and
-whatever else is installed. Sources are parsed, never imported.
+Both packages are pinned, so the corpus is the same on every machine and under every supported Python, independent of
+other packages. Sources are parsed, never imported.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from gpt2.atomic import atomic_write
 from gpt2.errors import UserError
 
 DISTRIBUTIONS = ("mlflow", "prefect")
-"""pure Python, pinned with == in pyproject.toml, and with the most prose of the packages that are"""
+"""of the pure Python packages that pyproject.toml pins with ==, those with the most prose"""
 SHORTEST, LONGEST = 1_000, 8_000
-"""characters of a document: shorter ones are joined, longer ones cut between paragraphs, so that hashing spreads
-every module evenly over the corpus"""
+"""characters per document: shorter texts are joined, longer ones are cut between paragraphs, so that shuffling
+distributes every module over the corpus"""
 
 
 @dataclass(frozen=True)
-class Document:
+class CorpusDocument:
     origin: str
     text: str
 
@@ -40,7 +40,7 @@ class SourceFile:
     """relative to the folder of packages"""
     path: Path
     sha256: str
-    """as the wheel's RECORD says: urlsafe base64 without padding"""
+    """from the wheel's RECORD: urlsafe base64 without padding"""
 
     def parse(self) -> ast.Module:
         """
@@ -49,11 +49,11 @@ class SourceFile:
         """
         try:
             data = self.path.read_bytes()
-            now = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
-            if now != self.sha256:
-                raise UserError(f"{self.path} has sha256 {now}, its wheel {self.sha256}: reinstall the package")
+            actual = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+            if actual != self.sha256:
+                raise UserError(f"{self.path} has sha256 {actual}, its wheel {self.sha256}: reinstall the package")
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes are not ours to report
+                warnings.simplefilter("ignore")  # about invalid escapes in the packages
                 return ast.parse(data)
         except (OSError, SyntaxError, ValueError) as error:
             raise UserError(f"{self.path} cannot be read ({error}): reinstall the package") from None
@@ -61,7 +61,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class Installation:
-    """The source files of DISTRIBUTIONS, which decide the corpus."""
+    """The source files of DISTRIBUTIONS, which determine the corpus."""
 
     versions: tuple[tuple[str, str], ...]
     """(name, version)"""
@@ -77,7 +77,7 @@ class Installation:
 
 
 def installation() -> Installation:
-    """Find the files by the RECORD of each distribution; none of them is opened.
+    """Read the files and their hashes from the RECORD of each distribution, without opening them.
 
     Raises:
         UserError: a distribution is missing, or has no RECORD.
@@ -101,10 +101,10 @@ def installation() -> Installation:
 
 
 def write(path: Path, *, max_bytes: int) -> int:
-    """Write the corpus as parquet with the columns text and origin, whole or not at all.
+    """Write the corpus atomically as parquet with the columns text and origin.
 
     Args:
-        max_bytes: of UTF-8 text; documents beyond it are left out.
+        max_bytes: of UTF-8 text; documents beyond it are omitted.
 
     Returns:
         bytes of text.
@@ -115,29 +115,29 @@ def write(path: Path, *, max_bytes: int) -> int:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    chosen: list[Document] = []
+    selected: list[CorpusDocument] = []
     size = 0
     for document in documents():
         size += len(document.text.encode())
-        if chosen and size > max_bytes:
+        if selected and size > max_bytes:
             size -= len(document.text.encode())
             break
-        chosen.append(document)
+        selected.append(document)
     table = pa.table(
-        {"text": [document.text for document in chosen], "origin": [document.origin for document in chosen]}
+        {"text": [document.text for document in selected], "origin": [document.origin for document in selected]}
     )
     with atomic_write(path) as file:
         pq.write_table(table, file, compression="snappy", row_group_size=1_000)
     return size
 
 
-def documents() -> list[Document]:
-    """All documents, shuffled by the hash of their text; a paragraph that comes twice is kept where it comes first."""
+def documents() -> list[CorpusDocument]:
+    """All documents, ordered by the hash of their text; repeated paragraphs are kept once."""
     return sorted(_pieces(docstrings()), key=lambda document: hashlib.sha256(document.text.encode()).digest())
 
 
 def docstrings() -> Iterator[tuple[str, list[str]]]:
-    """(module, paragraphs): the docstrings of each module, those of functions and classes led by their names."""
+    """(module, paragraphs) of each module; docstrings of functions and classes begin with their names."""
     for file in installation().files:
         paragraphs = []
         for name, docstring in _docstrings_of(file.parse(), ""):
@@ -161,7 +161,7 @@ def _docstrings_of(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------------- text to prose
 
 _BULLET = re.compile(r"\s*(?:[-*+•]|\d{1,2}[.)]|\(\d{1,2}\))\s+")
-_RULE = re.compile(r"\s*(\W)\1{2,}\s*")  # under or over a heading, or across the page
+_RULE = re.compile(r"\s*(\W)\1{2,}\s*")  # under or over a heading, or a separator
 _WORD = re.compile(r"[A-Za-z][a-z]+")
 _COMMON = frozenset(
     re.findall(
@@ -175,21 +175,19 @@ _PUNCTUATION = frozenset(" ,.;:'\"!?()-–—“”‘’…")
 
 
 def prose(text: str) -> list[str]:
-    """The paragraphs and list items of `text` that are English sentences, each on one line.
-
-    What is left out: code, grammars, tables, signatures, headings.
-    """
-    found = []
+    """The paragraphs and list items of `text` that are English sentences, each on one line; without code, grammars,
+    tables, signatures and headings."""
+    paragraphs = []
     for block in re.split(r"\n\s*\n", inspect.cleandoc(text).expandtabs()):
         for item in _items(block):
             joined = " ".join(item.split())
             if is_prose(joined):
-                found.append(joined)
-    return found
+                paragraphs.append(joined)
+    return paragraphs
 
 
 def is_prose(line: str) -> bool:
-    """Whether a line is made of words, some of them those that hold English sentences together."""
+    """Whether a line consists of words with enough function words for English sentences."""
     words = _WORD.findall(line)
     if len(words) < 5 or ">>>" in line or "::=" in line:
         return False
@@ -200,11 +198,11 @@ def is_prose(line: str) -> bool:
 
 
 def _items(block: str) -> Iterator[str]:
-    """A block of lines as its list items, or whole when it is no list; without the rules around headings."""
+    """The list items of a block of lines, or the block; without the rules around headings."""
     item: list[str] = []
     for line in block.split("\n"):
         if _RULE.fullmatch(line):
-            item.clear()  # what stood above was a heading
+            item.clear()  # the lines above are a heading
             continue
         bullet = _BULLET.match(line)
         if bullet and item:
@@ -215,18 +213,18 @@ def _items(block: str) -> Iterator[str]:
         yield " ".join(item)
 
 
-def _pieces(sources: Iterable[tuple[str, list[str]]]) -> Iterator[Document]:
-    """Documents of SHORTEST to LONGEST characters, as far as paragraphs allow; short neighbours share one."""
+def _pieces(sources: Iterable[tuple[str, list[str]]]) -> Iterator[CorpusDocument]:
+    """Documents of about SHORTEST to LONGEST characters, of whole paragraphs; short neighbours share one."""
     seen: set[str] = set()
-    waiting: list[str] = []
+    pending: list[str] = []
     origins: list[str] = []
     length = 0
 
-    def flush() -> Iterator[Document]:
+    def flush() -> Iterator[CorpusDocument]:
         nonlocal length
         if length >= SHORTEST:
-            yield Document(", ".join(dict.fromkeys(origins)), "\n\n".join(waiting))
-            waiting.clear()
+            yield CorpusDocument(", ".join(dict.fromkeys(origins)), "\n\n".join(pending))
+            pending.clear()
             origins.clear()
             length = 0
 
@@ -236,7 +234,7 @@ def _pieces(sources: Iterable[tuple[str, list[str]]]) -> Iterator[Document]:
             if key in seen:
                 continue
             seen.add(key)
-            waiting.append(paragraph)
+            pending.append(paragraph)
             origins.append(origin)
             length += len(paragraph) + 2
             if length >= LONGEST:

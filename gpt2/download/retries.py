@@ -1,4 +1,4 @@
-"""Trying again: how often, how long to wait between, and when to stop."""
+"""Retries with exponential backoff, jitter and Retry-After."""
 
 from __future__ import annotations
 
@@ -13,64 +13,67 @@ from huggingface_hub.utils import parse_ratelimit_headers
 
 from gpt2.errors import UserError, without_credentials
 
-TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
-"""statuses of answers that may be others in a while"""
+TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504})
+"""HTTP statuses that a retry may resolve"""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How often and how long to try again. A try that brought new bytes starts the count anew."""
+class RetryPolicy:
+    """Limits of retries. A try that receives new bytes resets the count."""
 
-    tries: int = 12
-    first_wait: float = 0.5
-    """seconds; doubled at each further failure"""
-    longest_wait: float = 30.0
-    longest_asked: float = 300.0
-    """of a Retry-After: the Hub counts requests in windows of five minutes"""
-
-
-DEFAULT = Patience()
+    max_tries: int = 12
+    initial_backoff: float = 0.5
+    """seconds; doubled at each failure in a row"""
+    max_backoff: float = 30.0
+    max_retry_after: float = 300.0
+    """seconds; the Hub's rate limits apply to windows of five minutes"""
 
 
-class Retries:
-    """Waits after each failure, longer each time, and gives up after too many in a row."""
+DEFAULT_POLICY = RetryPolicy()
 
-    def __init__(self, what: str, patience: Patience, stop: threading.Event) -> None:
-        self.what = what
-        self.patience = patience
+
+class Retrier:
+    """Waits after each failure and raises after `max_tries` in a row."""
+
+    def __init__(self, action: str, retry_policy: RetryPolicy, stop: threading.Event) -> None:
+        self.action = action
+        self.retry_policy = retry_policy
         self.stop = stop
         self.failures = 0
 
     def progressed(self) -> None:
         self.failures = 0
 
-    def failed(self, error: Exception, hopeless: str | None) -> None:
-        """Wait, unless `hopeless` says why that is no use.
+    def failed(self, error: Exception, fatal: str | None) -> None:
+        """Wait for the next try.
+
+        Args:
+            fatal: the message for an error that a retry does not resolve, else None.
 
         Raises:
-            UserError: it is no use, or it failed too often.
+            UserError: `fatal` is given, or `max_tries` tries in a row failed.
         """
-        if hopeless is not None:
-            raise UserError(hopeless) from error
+        if fatal is not None:
+            raise UserError(fatal) from error
         self.failures += 1
-        if self.failures >= self.patience.tries:
+        if self.failures >= self.retry_policy.max_tries:
             raise UserError(
-                f"could not {self.what}, {self.failures} tries in a row: {first_line(error)}; check the network and "
-                "HF_ENDPOINT and run again, it goes on where it stopped"
+                f"could not {self.action}, {self.failures} tries in a row: {first_line(error)}; check the network and "
+                "HF_ENDPOINT and run again, the download resumes"
             ) from error
-        backoff = min(self.patience.longest_wait, self.patience.first_wait * 2 ** (self.failures - 1))
-        seconds = backoff * random.uniform(0.75, 1.25)  # so that the workers do not come back all at once
-        asked = _asked_to_wait(error)
-        if asked is not None:
-            # Never sooner than the backoff: an answer that says 0 again and again would use up the tries in seconds.
-            seconds = max(seconds, min(asked, self.patience.longest_asked) + random.uniform(0.0, 0.5))
+        backoff = min(self.retry_policy.max_backoff, self.retry_policy.initial_backoff * 2 ** (self.failures - 1))
+        seconds = backoff * random.uniform(0.75, 1.25)  # so that workers do not retry at the same time
+        retry_after = _retry_after(error)
+        if retry_after is not None:
+            # Not below the backoff: repeated Retry-After: 0 would use all tries within seconds.
+            seconds = max(seconds, min(retry_after, self.retry_policy.max_retry_after) + random.uniform(0.0, 0.5))
         if seconds >= 5:
-            print(f"could not {self.what} ({first_line(error)}); trying again in {seconds:.0f} s", flush=True)
+            print(f"could not {self.action} ({first_line(error)}); retrying in {seconds:.0f} s", flush=True)
         self.stop.wait(seconds)
 
 
-def _asked_to_wait(error: Exception) -> float | None:
-    """Seconds that the answer asks to wait: Retry-After in seconds or as a date, or the Hub's own RateLimit."""
+def _retry_after(error: Exception) -> float | None:
+    """Seconds to wait by the response's Retry-After (seconds or a date) or RateLimit header."""
     if not isinstance(error, HfHubHTTPError):
         return None
     headers = error.response.headers

@@ -1,7 +1,7 @@
-"""Where text comes from: what a source is (its identity), and getting its files into a stage's directory.
+"""Sources of files: their identity, and fetching them into a stage's directory.
 
-An identity says what the content is, never where it lies: local files are their names, sizes and sha256, a Hub data
-set is its repository at one commit, the installed documentation is the source files that hold it. Hints say where.
+An identity describes content, not location: names, sizes and sha256 of local files; repository and commit on the Hub;
+the source files that hold the installed documentation. Hints describe the location and are not hashed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from gpt2.errors import UserError
 from gpt2.stage.file_hashes import Hashes
 from gpt2.stage.manifest import canonical
 
-Progress = Callable[[int, int, int], None]
-"""Called with (bytes done, bytes in all, files done), at most a few times a second, from the calling thread."""
+ProgressCallback = Callable[[int, int, int], None]
+"""Called with (bytes done, bytes in total, files done), at most a few times per second, from the calling thread."""
 
 DATA = "data"
 WEIGHT_FILES = (".safetensors", ".bin", "config.json", "manifest.json")
@@ -30,9 +30,9 @@ TEXT_FORMATS = (".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt")
 SHARD_FORMATS = (".bin",)
 MODEL_FORMATS = (".json", ".safetensors", "pytorch_model.bin")
 BENCHMARK_FORMATS = (*TEXT_FORMATS, ".yaml", ".csv", ".tokens")
-"""what benchmarks are made of: texts, and for CORE the list of its tasks"""
+"""texts, and for CORE the list of its tasks"""
 HARNESS_FORMATS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-"""of which lm-evaluation-harness takes a task's examples"""
+"""formats of examples that lm-evaluation-harness reads"""
 
 
 def identify(
@@ -44,12 +44,11 @@ def identify(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(identity, hints) of a source.
 
-    Both are JSON. Request.config["source"] and Request.hints["source"] hold them, and `fetch` takes them. Local
-    files are hashed here, once: the hashes are remembered in `store` by path, size, mtime, ctime and inode. `verify`
-    hashes them in any case.
+    Both are JSON, stored as Request.config["source"] and Request.hints["source"] and passed to `fetch`. Hashes of local
+    files are cached in `store` by path, size, mtime, ctime and inode; `verify` hashes them again.
 
     Raises:
-        UserError: a local file is missing, a pattern matches nothing, or a file is of no known format.
+        UserError: a local file is missing, a pattern matches nothing, or a file has no known suffix.
     """
     hints: dict[str, Any] = {"source": source.model_dump(mode="json")}
     if isinstance(source, LocalFiles | LocalShards):
@@ -73,24 +72,23 @@ def fetch(
     directory: Path,
     *,
     workers: int = 8,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
     text_formats: tuple[str, ...] = TEXT_FORMATS,
 ) -> list[str]:
-    """Put a source's files into `directory`/data/ as NNNNN-name, whole and verified; for every kind of source.
+    """Put a source's files into `directory`/data/ as NNNNN-name, complete and verified.
 
-    What an earlier, killed call finished is kept and not fetched again. Local files become symlinks.
+    Files of an earlier, killed call are kept. Local files become symlinks.
 
     Args:
-        identity, hints: what `identify` returned, e.g. request.config["source"] and request.hints["source"].
+        identity, hints: the result of `identify`, e.g. request.config["source"] and request.hints["source"].
         directory: a stage's directory, `<store>/<stage>/<fingerprint>`.
         workers: files downloaded at a time (runtime.download_workers).
 
     Returns:
-        paths relative to `directory`, with forward slashes, in reading order: ["data/00000-a.parquet", ...].
+        POSIX paths relative to `directory`, in reading order: ["data/00000-a.parquet", ...].
 
     Raises:
-        UserError: a file is missing, changed since planning, cannot be had, is wrong again and again, or does not fit
-            on the disk.
+        UserError: a file is missing, has changed since planning, cannot be downloaded, or does not fit on the disk.
     """
     progress = progress or (lambda done, total, files: None)
     (directory / DATA).mkdir(parents=True, exist_ok=True)
@@ -99,7 +97,7 @@ def fetch(
         return _link_local(identity, hints, directory, progress)
     if kind == "installed-docs":
         return _write_installed_docs(identity, directory, progress)
-    from gpt2.download import hub_download  # imports huggingface_hub, which planning needs not wait for
+    from gpt2.download import hub_download  # lazy: importing huggingface_hub would slow down planning
 
     sources: dict[str, type[HubFiles | HubShards | HubModel]] = {
         "hub": HubFiles,
@@ -112,14 +110,14 @@ def fetch(
 
 
 def known_sha256(identity: dict[str, Any], directory: Path) -> dict[str, str]:
-    """sha256 of fetched files, by path relative to `directory`, as far as `fetch` verified them: what the manifest
-    needs not read the files again for. Called when the stage has read them.
+    """The sha256 of fetched files that `fetch` verified, by path relative to `directory`, so that the manifest does
+    not read them again. Call it after the stage has read the files.
 
     Raises:
         UserError: a local file changed since it was fetched.
     """
     if identity["kind"] in ("local", "local-shards"):
-        linked = [numbered(index, name) for index, (name, _, _) in enumerate(identity["files"])]
+        linked = [numbered_path(index, name) for index, (name, _, _) in enumerate(identity["files"])]
         return dict(zip(linked, _check_local(identity, [directory / name for name in linked], directory), strict=True))
     if identity["kind"] in ("hub", "hub-shards", "hub-model"):
         from gpt2.download import hub_download
@@ -132,16 +130,16 @@ def weight_files(path: str) -> list[Path]:
     """The files of the model at `path`, a folder, a file or a finished stage.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no model.
     """
-    place = resolve(Path(path).expanduser())
-    if place.is_file():
-        return [place]
-    return sorted(file for file in place.iterdir() if file.name.endswith(WEIGHT_FILES))
+    model = resolve(Path(path).expanduser())
+    if model.is_file():
+        return [model]
+    return sorted(file for file in model.iterdir() if file.name.endswith(WEIGHT_FILES))
 
 
 def weights_sha256(files: Iterable[Path], hashes: Iterable[str]) -> str:
-    """One sha256 for several files with these hashes: weights that change under one name are others."""
+    """One sha256 over the names and hashes of weight files."""
     named = [[file.name, sha256] for file, sha256 in zip(files, hashes, strict=True)]
     return hashlib.sha256(canonical(named).encode()).hexdigest()
 
@@ -150,17 +148,17 @@ def identify_weights(path: str, store: Path, *, verify: bool = False) -> str:
     """sha256 over the model files at `path`; see `weight_files` and `identify`.
 
     Raises:
-        UserError: there are none.
+        UserError: there is no model.
     """
     files = weight_files(path)
     return weights_sha256(files, Hashes(store, verify=verify).of(files))
 
 
-def numbered(index: int, name: str) -> str:
-    """Path of the index-th file in a stage's directory; the number keeps the reading order.
+def numbered_path(index: int, name: str) -> str:
+    """Path of file number `index` in a stage's directory; names sort in reading order.
 
     Raises:
-        UserError: the name, which a request.json may hold, is a path.
+        UserError: `name`, which may come from a request.json, is a path.
     """
     if "/" in name:
         raise UserError(f"{name[:100]!r} is a path, not the name of a file")
@@ -171,15 +169,15 @@ def numbered(index: int, name: str) -> str:
 
 
 def find_local(patterns: Iterable[str], formats: tuple[str, ...]) -> list[Path]:
-    """The files that paths and glob patterns name, absolute: patterns in the given order, sorted within each.
+    """Absolute paths of the files that paths and glob patterns match: in the order of the patterns, sorted within each.
 
     Raises:
         UserError: no such file, no match, a folder, a URL, or a suffix that is not among `formats`.
     """
-    found: dict[Path, None] = {}
+    files: dict[Path, None] = {}
     for pattern in patterns:
         if "://" in pattern:
-            raise UserError(f"{pattern} is a URL, not a path: copy the file here, or use a source of kind hub")
+            raise UserError(f"{pattern} is a URL, not a path: download the file, or use a source of kind hub")
         path = Path(pattern).expanduser().absolute()
         if path.is_dir():
             raise UserError(f"{path} is a folder: write {pattern.rstrip('/')}/*{formats[0]}")
@@ -189,29 +187,31 @@ def find_local(patterns: Iterable[str], formats: tuple[str, ...]) -> list[Path]:
             if not glob.has_magic(pattern):
                 raise UserError(f"there is no file {path}: correct the path {pattern!r}")
             folder = next(parent for parent in path.parents if not glob.has_magic(str(parent)))
-            state = "has no file that fits" if folder.is_dir() else "does not exist"
+            state = "has no match" if folder.is_dir() else "does not exist"
             raise UserError(f"nothing matches {pattern!r}: the folder {folder} {state}")
         for match in matches:
             check_format(match.name, formats)
-            found[match] = None
-    return list(found)
+            files[match] = None
+    return list(files)
 
 
 def check_format(name: str, formats: tuple[str, ...]) -> None:
-    """Raise a UserError unless `name` ends as one of `formats`."""
+    """Raise a UserError unless `name` ends with one of `formats`."""
     if not name.lower().endswith(formats):
-        raise UserError(f"{name} is of no known format: this source takes {', '.join(formats)}")
+        raise UserError(f"{name} has no known suffix: this source accepts {', '.join(formats)}")
 
 
-def _link_local(identity: dict[str, Any], hints: dict[str, Any], directory: Path, progress: Progress) -> list[str]:
+def _link_local(
+    identity: dict[str, Any], hints: dict[str, Any], directory: Path, progress: ProgressCallback
+) -> list[str]:
     paths = [Path(path) for path in hints["paths"]]
     for path in paths:
         if not path.is_file():
-            raise UserError(f"there is no file {path} any more: put it back, or correct the source's paths")
+            raise UserError(f"{path} no longer exists: restore it, or correct the source's paths")
     _check_local(identity, paths, directory)
     linked = []
     for index, (path, (name, _, _)) in enumerate(zip(paths, identity["files"], strict=True)):
-        linked.append(numbered(index, name))
+        linked.append(numbered_path(index, name))
         _symlink(path.resolve(), directory / linked[-1])
     fsync_dir(directory / DATA)
     total = sum(size for _, size, _ in identity["files"])
@@ -220,19 +220,19 @@ def _link_local(identity: dict[str, Any], hints: dict[str, Any], directory: Path
 
 
 def _check_local(identity: dict[str, Any], paths: list[Path], directory: Path) -> list[str]:
-    """The sha256 of `paths`, which are the planned ones.
+    """The sha256 of `paths`, equal to the planned ones.
 
     Raises:
         UserError: a file changed since the run was planned.
     """
-    found = Hashes(directory.parent.parent).of(paths)
-    for path, now, (_, size, planned) in zip(paths, found, identity["files"], strict=True):
-        if now != planned:
+    hashes = Hashes(directory.parent.parent).of(paths)
+    for path, actual, (_, size, planned) in zip(paths, hashes, identity["files"], strict=True):
+        if actual != planned:
             raise UserError(
                 f"{path.resolve()} changed since the run was planned: sha256 {planned} of {size:,} bytes then, "
-                f"{now} of {path.stat().st_size:,} bytes now; run again, it is planned anew"
+                f"{actual} of {path.stat().st_size:,} bytes now; run again to plan with the new file"
             )
-    return found
+    return hashes
 
 
 def _symlink(target: Path, link: Path) -> None:
@@ -245,14 +245,14 @@ def _symlink(target: Path, link: Path) -> None:
 # ----------------------------------------------------------------------------------------------- installed documents
 
 
-def _write_installed_docs(identity: dict[str, Any], directory: Path, progress: Progress) -> list[str]:
-    now = installed_docs.installation().sha256
-    if now != identity["installation"]:
+def _write_installed_docs(identity: dict[str, Any], directory: Path, progress: ProgressCallback) -> list[str]:
+    actual = installed_docs.installation().sha256
+    if actual != identity["installation"]:
         raise UserError(
             f"mlflow or prefect changed since the run was planned (sha256 {identity['installation'][:12]} then, "
-            f"{now[:12]} now): run the command again"
+            f"{actual[:12]} now): run the command again"
         )
-    relative = numbered(0, "installed-docs.parquet")
+    relative = numbered_path(0, "installed-docs.parquet")
     size = installed_docs.write(directory / relative, max_bytes=identity["max_bytes"])
     progress(size, size, 1)
     return [relative]

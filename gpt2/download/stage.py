@@ -1,8 +1,8 @@
-"""The download stage: a corpus's files, verified, under data/.
+"""The download stage: the verified files of a corpus, under data/.
 
     python -m gpt2.download DIRECTORY
 
-Local files are linked, not copied. Starting again goes on where it stopped.
+Local files are linked, not copied. A restart resumes the download.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def work(stage: StageDir) -> None:
     """Fetch the source of the stage's configuration and write the manifest."""
     identity = stage.request.config["source"]
     hints = stage.request.hints.get("source", {})
-    with Reporter(stage.metrics()) as report:
+    with DownloadProgress(stage.metrics()) as report:
         files = fetch(identity, hints, stage.path, workers=stage.runtime.download_workers, progress=report)
     facts = DownloadFacts(
         kind=identity["kind"],
@@ -33,7 +33,7 @@ def work(stage: StageDir) -> None:
 
 
 def origin(identity: dict[str, Any], hints: dict[str, Any]) -> str:
-    """Where the files come from, for people."""
+    """The origin of the files, for messages and reports."""
     if identity["kind"] in ("hub", "hub-shards", "hub-model"):
         return f"{identity['repo']}@{identity['revision']}"
     if identity["kind"] == "installed-docs":
@@ -43,8 +43,8 @@ def origin(identity: dict[str, Any], hints: dict[str, Any]) -> str:
     return f"local files: {', '.join(names[:3])}{more}"
 
 
-class Reporter:
-    """Progress to metrics.jsonl about once a second and to the terminal every few seconds."""
+class DownloadProgress:
+    """Writes progress to metrics.jsonl every second and to the terminal every five seconds."""
 
     METRICS_SECONDS, PRINT_SECONDS = 1.0, 5.0
 
@@ -54,10 +54,10 @@ class Reporter:
         self.last_metrics = self.last_print = time.monotonic()
 
     def __call__(self, done: int, total: int, files: int) -> None:
-        """Take note of `done` of `total` bytes and `files` whole files."""
+        """Report `done` of `total` bytes and `files` complete files."""
         now = time.monotonic()
         if self.started is None:
-            self.started = now, done  # bytes of an earlier session do not count for the rate
+            self.started = now, done  # the rate excludes bytes of an earlier run
         if now - self.last_metrics >= self.METRICS_SECONDS or done == total:
             self.metrics.write(files, done=done, total=total, unit="bytes")
             self.last_metrics = now
@@ -67,9 +67,9 @@ class Reporter:
             rate = (done - self.started[1]) / seconds if seconds > 0 else 0.0
             left = f"{(total - done) / rate:,.0f} s left" if rate > 0 else "time left unknown"
             sizes = f"{done / 1e9:,.3f} of {total / 1e9:,.3f} GB"
-            print(f"download: {files} files whole, {sizes}, {rate / 1e6:,.1f} MB/s, {left}", flush=True)
+            print(f"download: {files} files complete, {sizes}, {rate / 1e6:,.1f} MB/s, {left}", flush=True)
 
-    def __enter__(self) -> Reporter:
+    def __enter__(self) -> DownloadProgress:
         return self
 
     def __exit__(self, *_: object) -> None:

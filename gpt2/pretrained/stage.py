@@ -8,7 +8,7 @@ The evaluate stage does the measuring; `gpt2.plan.plan_baseline` puts the two to
 from __future__ import annotations
 
 from gpt2.download.sources import MODEL_FORMATS, fetch, known_sha256
-from gpt2.download.stage import Reporter, origin
+from gpt2.download.stage import DownloadProgress, origin
 from gpt2.stage.directory import StageDir
 from gpt2.stage.facts import PretrainedFacts
 
@@ -18,7 +18,7 @@ MODEL = "model"
 def work(stage: StageDir) -> None:
     """Fetch the files and give them, under model/, the names that Hugging Face's loaders look for."""
     identity, hints = stage.request.config["source"], stage.request.hints["source"]
-    with Reporter(stage.metrics()) as report:
+    with DownloadProgress(stage.metrics()) as report:
         files = fetch(
             identity,
             hints,

@@ -1,8 +1,8 @@
-"""The fast encoder: gpt2/bpe.c, compiled where it runs, and used only as long as it agrees with tiktoken.
+"""The fast encoder: bpe.c, compiled on first use and checked against tiktoken.
 
-Its tables are taken from tiktoken; before it is used, at every start, it has to give tiktoken's tokens for a sample of
-difficult text; and while it works, tiktoken encodes about a thousandth of the text again. Where there is no compiler,
-or the sample differs, tiktoken does the work: the same bytes, more slowly.
+Its tables come from tiktoken. At every start it must reproduce tiktoken's tokens for a sample of difficult text; during
+the work, tiktoken encodes about a thousandth of the text again. Without a C compiler, or if the sample differs,
+tiktoken encodes: the same bytes, more slowly.
 """
 
 from __future__ import annotations
@@ -28,26 +28,24 @@ import tiktoken
 from gpt2.errors import UserError
 from gpt2.machine import environment, user_cache
 from gpt2.shards import TOKEN, Tokens
-from gpt2.tokenize.bpe_tables import kept_tables, vocabulary
+from gpt2.tokenize.bpe_tables import cached_tables, vocabulary
 from gpt2.tokenize.bpe_test_text import sample_documents
 from gpt2.tokenize.encoder import Encoder, TiktokenEncoder
-from gpt2.tokenize.reading import BATCH_BYTES, Batch
+from gpt2.tokenize.reading import BATCH_BYTES, DocumentBatch
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 SOURCE = Path(__file__).with_name("bpe.c")
 FLAGS = ("-O3", "-std=c11", "-shared", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
-SLACK = 16  # ids that bpe_encode may write past the last one
+SLACK = 16  # ids that bpe_encode may write after the last one
 CHECKED_SHARE = 1 / 1000
-BUFFERS = 24  # of a thread, more than its results that may be waiting to be written
-ERRORS = {-1: "memory ran out", -2: "it is 4 GiB or longer without white space"}
-
-
+MAX_BUFFERS = 24  # per thread, more than the results that may wait to be written
+ERRORS = {-1: "out of memory", -2: "it has 4 GiB or more without white space"}
 _compiling = threading.Lock()
 
 
 class Unavailable(Exception):
-    """There is no fast encoder here; says why."""
+    """The fast encoder cannot be used; the message is the reason."""
 
 
 def make_encoder(backend: str, *, quiet: bool = False) -> Encoder:
@@ -55,15 +53,15 @@ def make_encoder(backend: str, *, quiet: bool = False) -> Encoder:
 
     Args:
         backend: "auto", or "tiktoken" for tiktoken itself.
-        quiet: do not say why the fast one is not used.
+        quiet: do not print why the fast encoder is not used.
     """
     if backend == "tiktoken":
         return TiktokenEncoder()
     try:
-        return CheckedEncoder(Kernel(gpt2_encoding()))
+        return CheckedEncoder(NativeEncoder(gpt2_encoding()))
     except Unavailable as error:
         if not quiet:
-            print(f"tokenize: {error}; tiktoken does the work, to the same bytes but several times slower", flush=True)
+            print(f"tokenize: {error}; tiktoken encodes, to the same bytes but several times slower", flush=True)
         return TiktokenEncoder()
 
 
@@ -72,12 +70,12 @@ def make_encoder(backend: str, *, quiet: bool = False) -> Encoder:
 
 @cache
 def library() -> ctypes.CDLL:
-    """bpe.c, compiled at first use and kept in the user's cache under the hash of everything that decides it.
+    """bpe.c, compiled on first use and cached per user under the hash of source, flags, compiler and machine.
 
     Raises:
-        Unavailable: there is no C compiler, or it refuses.
+        Unavailable: there is no C compiler, or it fails.
     """
-    with _compiling:  # of several threads that come at once, one compiles and the others find it done
+    with _compiling:  # one thread compiles, the others wait
         return _library()
 
 
@@ -89,7 +87,7 @@ def _library() -> ctypes.CDLL:
     name = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     path = user_cache("bpe") / f"bpe-{name}.so"
     if not path.exists():
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # the cache may be shared by machines
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # machines may share the cache
         command = [*compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -130,14 +128,14 @@ def _declare(code: ctypes.CDLL) -> ctypes.CDLL:
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
-class Kernel:
-    """bpe.c with the tables of one vocabulary; any number of threads may call it.
+class NativeEncoder:
+    """bpe.c with the tables of one vocabulary; thread-safe.
 
     Args:
         encoding: of up to 65,536 tokens, with GPT-2's pattern.
 
     Raises:
-        Unavailable: it cannot be compiled, or merging alone does not give every token of the vocabulary.
+        Unavailable: bpe.c cannot be compiled, or merging alone does not produce every token of the vocabulary.
     """
 
     threads = True
@@ -146,30 +144,29 @@ class Kernel:
         self.name = "bpe.c"
         self._code = library()
         self._local = threading.local()
-        self._kept = kept_tables(encoding)  # bpe.c reads the classes where they are
-        classes, byte_ids, pairs, merged = (np.ascontiguousarray(table) for table in self._kept)
-        self._kept = self._kept._replace(classes=classes)
+        classes, byte_ids, pairs, merged = (np.ascontiguousarray(table) for table in cached_tables(encoding))
+        self._classes = classes  # bpe.c does not copy them
         handle = self._code.bpe_tables_new(
             classes.ctypes.data, byte_ids.ctypes.data, pairs.ctypes.data, merged.ctypes.data, len(pairs)
         )
-        self._tables = _Owned(handle, self._code.bpe_tables_free)
-        every = Batch.of(vocabulary(encoding))
+        self._tables = _Handle(handle, self._code.bpe_tables_free)
+        tokens = DocumentBatch.of(vocabulary(encoding))
         wrong = self._code.bpe_first_unmergeable(
-            self._tables.handle, every.data.ctypes.data, every.offsets.ctypes.data, len(every)
+            self._tables.handle, tokens.data.ctypes.data, tokens.offsets.ctypes.data, len(tokens)
         )
         if wrong >= 0:
-            raise Unavailable(f"token {wrong} ({every[wrong]!r}) is not what its bytes merge into")
+            raise Unavailable(f"the bytes of token {wrong} ({tokens[wrong]!r}) do not merge into it")
 
-    def encode(self, batch: Batch) -> Tokens:
-        """See Encoder. The interpreter's lock is let go of meanwhile.
+    def encode(self, batch: DocumentBatch) -> Tokens:
+        """See Encoder. Releases the GIL.
 
         Raises:
-            UserError: memory ran out, or a piece is too long.
+            UserError: out of memory, or a piece is too long.
         """
         n_bytes = int(batch.offsets[-1] - batch.offsets[0])
         local = self._local
         if not hasattr(local, "worker"):
-            local.worker = _Owned(self._code.bpe_worker_new(self._tables.handle), self._code.bpe_worker_free)
+            local.worker = _Handle(self._code.bpe_worker_new(self._tables.handle), self._code.bpe_worker_free)
             local.worker.keep = self._tables
             local.buffers = []
         out = _buffer(local.buffers, n_bytes + len(batch) + SLACK)
@@ -187,23 +184,23 @@ class Kernel:
 
 
 def _buffer(buffers: list[Tokens], room: int) -> Tokens:
-    """An array of at least `room` ids of which nobody holds a part any more. Its pages are touched only as far as they
-    are used, and then used again: fresh ones would cost as much as a copy."""
+    """An array for at least `room` ids that no other object references. Reused, because the page faults of a new array
+    cost as much as a copy."""
     for index in range(len(buffers)):
         if sys.getrefcount(buffers[index]) == _IDLE and len(buffers[index]) >= room:
             return buffers[index]
     buffer = np.empty(max(room, 3 * BATCH_BYTES), dtype=TOKEN)
-    if len(buffers) < BUFFERS and room <= 3 * BATCH_BYTES:
+    if len(buffers) < MAX_BUFFERS and room <= 3 * BATCH_BYTES:
         buffers.append(buffer)
     return buffer
 
 
-_ALONE = [np.empty(0, dtype=TOKEN)]
-_IDLE = sys.getrefcount(_ALONE[0])  # of an array that only a list holds
+_PROBE = [np.empty(0, dtype=TOKEN)]
+_IDLE = sys.getrefcount(_PROBE[0])  # reference count of an array that only a list holds
 
 
-class _Owned:
-    """Something of bpe.c's that is freed with this object."""
+class _Handle:
+    """A C object that is freed with this Python object."""
 
     keep: Any = None
 
@@ -218,33 +215,33 @@ class _Owned:
 
 
 class CheckedEncoder:
-    """The kernel, watched by tiktoken.
+    """A NativeEncoder, checked against tiktoken.
 
     Raises:
-        Unavailable: the kernel does not give tiktoken's tokens for `sample_documents`.
+        Unavailable: the tokens of `sample_documents` differ from tiktoken's.
     """
 
     threads = True
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel, self._judge = kernel, TiktokenEncoder()
-        self.name = f"bpe.c, checked against {self._judge.name}"
+    def __init__(self, native: NativeEncoder) -> None:
+        self._native, self._reference = native, TiktokenEncoder()
+        self.name = f"bpe.c, checked against {self._reference.name}"
         self._local = threading.local()
-        sample = Batch.of([text.encode() for text in sample_documents()])
-        if not np.array_equal(kernel.encode(sample), self._judge.encode(sample)):
-            raise Unavailable("the fast encoder does not give tiktoken's tokens for the built-in sample")
+        sample = DocumentBatch.of([text.encode() for text in sample_documents()])
+        if not np.array_equal(native.encode(sample), self._reference.encode(sample)):
+            raise Unavailable("the fast encoder's tokens of the built-in sample differ from tiktoken's")
 
-    def encode(self, batch: Batch) -> Tokens:
+    def encode(self, batch: DocumentBatch) -> Tokens:
         """See Encoder.
 
         Raises:
-            UserError: tiktoken's tokens are others; nothing after the last whole shard was kept.
+            UserError: tiktoken's tokens differ; nothing after the last whole shard is kept.
         """
-        tokens = self._kernel.encode(batch)
+        tokens = self._native.encode(batch)
         local = self._local
         credit: float = getattr(local, "credit", 1 << 16)
         credit += float(batch.offsets[-1] - batch.offsets[0]) * CHECKED_SHARE
-        # A document in each batch, whole, as far as the share allows: a long one when enough is saved up.
+        # One random whole document per batch, if CHECKED_SHARE of the bytes so far allows it.
         if len(batch):
             if not hasattr(local, "rng"):
                 local.rng = random.Random(0)
@@ -256,13 +253,13 @@ class CheckedEncoder:
         local.credit = credit
         return tokens
 
-    def _compare(self, batch: Batch, index: int, tokens: Tokens) -> None:
+    def _compare(self, batch: DocumentBatch, index: int, tokens: Tokens) -> None:
         starts = np.flatnonzero(tokens == EOT) if batch.begins else np.append(-1, np.flatnonzero(tokens == EOT))
         ends = np.append(starts[1:], len(tokens))
         document = batch[index].decode()
-        right = self._judge.encode_text(document)
-        if not np.array_equal(tokens[starts[index] + 1 : ends[index]], right):
+        expected = self._reference.encode_text(document)
+        if not np.array_equal(tokens[starts[index] + 1 : ends[index]], expected):
             raise UserError(
                 f"the fast encoder and tiktoken differ on {document[:80]!r}... ({len(document):,} characters): "
-                f"set tokenize_backend=tiktoken in the runtime and run again, and please report the text"
+                f"set runtime.tokenize_backend=tiktoken and run again, and please report the text"
             )

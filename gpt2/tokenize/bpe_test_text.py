@@ -1,4 +1,4 @@
-"""Text made to trip an encoder: what bpe.c has to get right before it is used, and what it is tried on at random."""
+"""Difficult text for encoders: the fixed sample that bpe.c must encode correctly, and random text for fuzzing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALPHABETS = (
 
 
 def random_document(rng: random.Random, longest: int = 400) -> str:
-    """Text made to trip an encoder: letters of one script or of all, runs of one character, code, contractions."""
+    """Difficult text: letters of one script or of all, runs of one character, code, contractions."""
     kind = rng.randrange(8)
     size = rng.randrange(1, longest)
     if kind < 3:
@@ -38,27 +38,14 @@ def random_document(rng: random.Random, longest: int = 400) -> str:
     if kind == 5:
         return "".join(_character(rng) for _ in range(size))
     if kind == 6:
-        words = [
-            "don't",
-            "we'll",
-            " they've",
-            "I'd",
-            "'tis",
-            "x = [0] * n\n",
-            "    return",
-            "\tif (a&&b){",
-            "</div>",
-            "\r\n",
-            "://",
-            "_id",
-        ]
-        return "".join(rng.choices([*words, " ", "\n\n", "  "], k=size // 4 + 1))
+        words = ["don't", "we'll", " they've", "I'd", "'tis", "x = [0] * n\n", "    return", "\tif (a&&b){", "</div>"]
+        return "".join(rng.choices([*words, "\r\n", "://", "_id", " ", "\n\n", "  "], k=size // 4 + 1))
     return " ".join("".join(rng.choices(rng.choice(ALPHABETS), k=rng.randrange(1, 24))) for _ in range(size // 8 + 1))
 
 
 def hard_document(rng: random.Random, longest: int = 400) -> str:
-    """As random_document, but also empty at times, with surrogates, or, rarely, of about a million characters. Not for
-    `sample_documents`: surrogates have no UTF-8, and it has to be quick."""
+    """As random_document, but sometimes empty, with surrogates, or, rarely, of about a million characters. Not used for
+    `sample_documents`: surrogates have no UTF-8, and startup must be fast."""
     if rng.random() < 1 / 30_000:
         return huge_document(rng, longest)
     if rng.random() < 1 / 50:
@@ -66,15 +53,15 @@ def hard_document(rng: random.Random, longest: int = 400) -> str:
     text = random_document(rng, longest)
     if rng.random() < 1 / 10:
         characters = list(text)
-        for _ in range(rng.randrange(1, 8)):  # halves of either kind, so that now and then two make a pair
+        for _ in range(rng.randrange(1, 8)):  # high or low, so that some make a pair
             characters.insert(rng.randrange(len(characters) + 1), chr(rng.randrange(0xD800, 0xE000)))
         return "".join(characters)
     return text
 
 
 def huge_document(rng: random.Random, longest: int = 400, size: int = 1_000_000) -> str:
-    """Many documents, one again and again, or a run of one character (of white space longer than tiktoken's regex
-    engine takes at once), with others at both ends."""
+    """About `size` characters: many documents, one repeated document, or a run of one character between two documents
+    (tiktoken's regex engine fails on such a run of white space)."""
     kind = rng.randrange(3)
     if kind == 0:
         parts, length = [""], 0
@@ -87,7 +74,7 @@ def huge_document(rng: random.Random, longest: int = 400, size: int = 1_000_000)
 
 
 def _character(rng: random.Random) -> str:
-    """Any character: of the basic plane as often as of all others."""
+    """A random character, half of the time from the basic plane."""
     while True:
         code = rng.randrange(0x10000) if rng.random() < 0.5 else rng.randrange(0x110000)
         if not 0xD800 <= code < 0xE000:
@@ -95,20 +82,8 @@ def _character(rng: random.Random) -> str:
 
 
 def sample_documents() -> list[str]:
-    """What the kernel has to get right before it is used; the same at every start."""
+    """The fixed sample that a NativeEncoder must encode correctly before use."""
     rng = random.Random(20240520)
-    fixed = [
-        "",
-        " ",
-        "'",
-        "'s",
-        " '",
-        "a" * 1000,
-        " " * 700 + "x",
-        "\n" * 300,
-        "7" * 500,
-        "<|endoftext|>",
-        "=" * 257,
-        "é" * 40,
-    ]
-    return [*fixed, *(random_document(rng) for _ in range(400))]
+    fixed = ["", " ", "'", "'s", " '", "<|endoftext|>"]
+    runs = ["a" * 1000, " " * 700 + "x", "\n" * 300, "7" * 500, "=" * 257, "é" * 40]
+    return [*fixed, *runs, *(random_document(rng) for _ in range(400))]

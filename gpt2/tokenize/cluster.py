@@ -1,10 +1,10 @@
-"""Tokenization beyond one machine: units encoded by the workers of a Dask cluster, put in order by one process.
+"""Tokenization on a Dask cluster: workers encode units, one process writes the shards in order.
 
     python -m gpt2.tokenize.cluster --scheduler tcp://host:8786 --output s3://bucket/fineweb [--column text] INPUT...
 
-How the work is divided, gpt2.tokenize.dask_encode says. Inputs, parts and output may be any addresses that fsspec
-understands, and inputs patterns too, such as 's3://bucket/text/*.parquet'; the stage itself (runtime.cluster) keeps its
-shards in the store. The bytes are those of a single machine. What is finished already is left as it is.
+Inputs, parts and output may be any fsspec addresses; inputs may be patterns, such as 's3://bucket/text/*.parquet'. (The
+stage itself with runtime.cluster keeps its shards in the store.) The bytes equal those of a single machine. A finished
+output is left unchanged. See gpt2.tokenize.dask_encode for the division of work.
 """
 
 from __future__ import annotations
@@ -24,87 +24,86 @@ from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
 from gpt2.stage.manifest import canonical
 from gpt2.tokenize.corpus import divide
-from gpt2.tokenize.dask_encode import connect, encoded_on, encoder_of
-from gpt2.tokenize.reading import Reading
-from gpt2.tokenize.shard_sequence import AT_ONCE
-from gpt2.tokenize.shard_store import OutputFacts, RemoteFolder, file_system, shard_bytes, version_of
+from gpt2.tokenize.dask_encode import cached_encoder, connect, encode_on_cluster
+from gpt2.tokenize.reading import ReadOptions
+from gpt2.tokenize.shard_sequence import MAX_PENDING
+from gpt2.tokenize.shard_store import OutputFacts, RemoteShardStore, file_system, shard_bytes, version_of
+from gpt2.tokenize.stage import estimate_tokens, plan_fingerprint, tokenize_facts, write_shards
 
 
 def expand(inputs: Sequence[str]) -> list[str]:
-    """Paths and addresses, with each pattern replaced by what it matches, sorted.
+    """Paths and addresses, with each pattern replaced by its matches, sorted.
 
     Raises:
         UserError: a pattern matches nothing, or an address cannot be reached.
     """
-    found: list[str] = []
+    paths: list[str] = []
     for path in inputs:
         system, root = file_system(path)
         if not fsspec.core.has_magic(path) or system.exists(root):
-            found.append(path)
+            paths.append(path)
             continue
         matches = sorted(system.glob(root))
         if not matches:
-            raise UserError(f"no file matches {path}: mend the pattern")
-        found += [system.unstrip_protocol(match) if "://" in path else match for match in matches]
-    return found
+            raise UserError(f"no file matches {path}: correct the pattern")
+        paths += [system.unstrip_protocol(match) if "://" in path else match for match in matches]
+    return paths
 
 
-def check_scratch(scratch: Path, config: TokenizeConfig, expected: int) -> None:
-    """Look whether the shards that may lie in `scratch` at once have room.
+def check_scratch(scratch: Path, config: TokenizeConfig, estimate: int) -> None:
+    """Check that the shards that may be in `scratch` at the same time fit.
 
     Raises:
-        UserError: with what is needed and what is free.
+        UserError: they need more than is free.
     """
-    tokens = max(config.val_tokens or 0, config.shard_tokens) + AT_ONCE * config.shard_tokens
-    need, free = min(shard_bytes(tokens), shard_bytes(expected)), shutil.disk_usage(scratch).free
+    tokens = max(config.val_tokens or 0, config.shard_tokens) + MAX_PENDING * config.shard_tokens
+    need, free = min(shard_bytes(tokens), shard_bytes(estimate)), shutil.disk_usage(scratch).free
     if need > free:
         raise UserError(
-            f"up to {AT_ONCE + 1} shards, {need / 1e6:,.1f} MB, lie in {scratch.parent} on their way, and "
-            f"{free / 1e6:,.1f} MB are free there: set TMPDIR to a folder on a larger disk"
+            f"up to {MAX_PENDING + 1} shards, {need / 1e6:,.1f} MB, are written to {scratch.parent} before upload, and "
+            f"{free / 1e6:,.1f} MB are free: set TMPDIR to a folder on a larger disk"
         )
 
 
 def tokenize_to(
     client: Any, inputs: Sequence[str], output: str, config: TokenizeConfig, column: str, backend: str = "auto"
 ) -> OutputFacts:
-    """The tokenize stage from any addresses to any address: shards/ and facts.json under `output`.
+    """Tokenize files at any addresses into shards/ and facts.json at address `output`.
 
     Args:
         inputs: paths, addresses or patterns, in reading order.
 
     Raises:
-        UserError: as the stage, or `output` holds something else, or an input changed while it was read.
+        UserError: as the stage, or `output` holds shards of other inputs, or an input changed while it was read.
     """
-    from gpt2.tokenize.stage import expected_tokens, facts_of, plan_of, write_shards
-
-    reading = Reading(column, config.on_bad_input, config.max_document_bytes)
+    options = ReadOptions(column, config.on_bad_input, config.max_document_bytes)
     paths = expand(inputs)
     versions = [version_of(path) for path in paths]
-    units, unreadable = divide([(path, path.rsplit("/", 1)[-1]) for path in paths], reading)
+    units, unreadable = divide([(path, path.rsplit("/", 1)[-1]) for path in paths], options)
     with tempfile.TemporaryDirectory(prefix="tokenize-") as scratch:
-        folder = RemoteFolder(Path(scratch), output, canonical([column, versions]))
-        plan = folder.fingerprint(plan_of(units, config))
-        if (finished := folder.finished(plan)) is not None:
+        store = RemoteShardStore(Path(scratch), output, canonical([column, versions]))
+        plan = store.fingerprint(plan_fingerprint(units, config))
+        if (finished := store.finished(plan)) is not None:
             print(f"tokenize: {without_credentials(output)} is finished already", flush=True)
             return finished
-        encoder, names = encoder_of(backend), set[str]()
-        expected = expected_tokens(units, reading, encoder)
-        check_scratch(Path(scratch), config, expected)
+        encoder, names = cached_encoder(backend), set[str]()
+        estimate = estimate_tokens(units, options, encoder)
+        check_scratch(Path(scratch), config, estimate)
         parts = f"{output.rstrip('/')}/tokenize-parts"
-        whole = write_shards(
-            folder,
+        shards = write_shards(
+            store,
             units,
             config,
-            lambda first: encoded_on(client, units, reading, backend, first, parts, names),
-            expected,
+            lambda first: encode_on_cluster(client, units, options, backend, first, parts, names),
+            estimate,
         )
-        made = facts_of(whole, config, "; ".join(sorted(names)) or encoder.name, unreadable)
+        facts = tokenize_facts(shards, config, "; ".join(sorted(names)) or encoder.name, unreadable)
         for path, before in zip(paths, versions, strict=True):
-            if (now := version_of(path)) != before:
-                raise UserError(f"{path} changed while it was read, {before} before and {now} now: run again")
-        facts = OutputFacts(**made.model_dump(), plan=plan)
-        folder.finish(facts)
-    return facts
+            if (after := version_of(path)) != before:
+                raise UserError(f"{path} changed while it was read, from {before} to {after}: run again")
+        output_facts = OutputFacts(**facts.model_dump(), plan=plan)
+        store.finish(output_facts)
+    return output_facts
 
 
 def main(arguments: list[str]) -> None:

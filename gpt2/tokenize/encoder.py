@@ -1,4 +1,4 @@
-"""From documents to tokens: tiktoken itself, and a faster encoder that tiktoken watches."""
+"""The interface of encoders, encoding of a unit, and tiktoken as an encoder."""
 
 from __future__ import annotations
 
@@ -12,48 +12,48 @@ import numpy as np
 from gpt2.shards import TOKEN, Tokens
 from gpt2.stage.facts import Skipped
 from gpt2.tokenize.corpus import read
-from gpt2.tokenize.reading import Batch, Reading, Unit, slices
+from gpt2.tokenize.reading import DocumentBatch, ReadOptions, WorkUnit, slices
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 _LONG = 50_000
-# What the regex engine calls \s, which is not what Python calls it.
+# tiktoken's regex engine's \s, which differs from Python's.
 _BLANKS = re.compile(f"[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{{{_LONG},}}")
 
 
 class Encoder(Protocol):
     name: str
-    """for the manifest: what makes the tokens, with its version"""
+    """with its version, for the manifest"""
     threads: bool
-    """whether several threads of a process encode faster than one"""
+    """whether several threads of one process encode faster than one thread"""
 
-    def encode(self, batch: Batch) -> Tokens:
+    def encode(self, batch: DocumentBatch) -> Tokens:
         """The tokens of all documents of a batch, (n,) uint16, with EOT before each one that begins in it."""
         ...
 
 
-class Encoded(NamedTuple):
-    """What became of a part of a unit."""
+class EncodedPart(NamedTuple):
+    """The tokens of a part of a unit."""
 
     tokens: Tokens
     consumed: int
-    """bytes of the unit's size that end with it"""
+    """bytes of the unit's `size` that this part accounts for"""
     skipped: tuple[Skipped, ...]
 
 
-def encode_unit(unit: Unit, reading: Reading, encoder: Encoder) -> Iterator[Encoded]:
+def encode_unit(unit: WorkUnit, options: ReadOptions, encoder: Encoder) -> Iterator[EncodedPart]:
     """The tokens of a unit, in order, a few megabytes of text at a time.
 
     Raises:
-        UserError: input that cannot be used (corpus.read), or an encoder that went wrong.
+        UserError: as corpus.read and Encoder.encode.
     """
-    for batch in read(unit, reading):
+    for batch in read(unit, options):
         size, skipped = int(batch.offsets[-1] - batch.offsets[0]), tuple(batch.skipped)
-        done = told = 0
-        for part in slices(batch):  # progress goes on within a long document
+        done = reported = 0
+        for part in slices(batch):  # to report progress within a long document
             done += int(part.offsets[-1] - part.offsets[0])
             consumed = batch.consumed * done // size if size else batch.consumed
-            yield Encoded(encoder.encode(part), consumed - told, skipped)
-            told, skipped = consumed, ()
+            yield EncodedPart(encoder.encode(part), consumed - reported, skipped)
+            reported, skipped = consumed, ()
 
 
 class TiktokenEncoder:
@@ -65,7 +65,7 @@ class TiktokenEncoder:
         self._encoding = gpt2_encoding()
         self.name = f"tiktoken {importlib.metadata.version('tiktoken')}"
 
-    def encode(self, batch: Batch) -> Tokens:
+    def encode(self, batch: DocumentBatch) -> Tokens:
         parts = []
         for index in range(len(batch)):
             if index or batch.begins:
@@ -74,11 +74,11 @@ class TiktokenEncoder:
         return np.concatenate(parts) if parts else np.empty(0, dtype=TOKEN)
 
     def encode_text(self, text: str) -> Tokens:
-        """What `encode_ordinary` gives, (n,) uint16.
+        """The tokens of `encode_ordinary`, (n,) uint16.
 
-        Its regex engine gives up on about a million white-space characters in a row before text ("StackOverflow"). The
-        last of such a run goes with what follows and the others are a piece, so they are encoded by themselves: white
-        space to the end of a string is no difficulty.
+        tiktoken's regex engine fails ("StackOverflow") on about a million white-space characters before text. The last
+        character of such a run belongs to the text that follows; the others are one piece and are encoded separately,
+        as a string that ends with white space does not fail.
         """
         parts, position = [], 0
         if len(text) >= _LONG:

@@ -1,4 +1,4 @@
-"""Documents out of jsonl and txt files, plain or compressed."""
+"""Documents from jsonl and txt files, plain or compressed."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from gpt2.tokenize.reading import (
     SEPARATOR,
     UNIT_BYTES,
     BadInput,
-    Batch,
     Compression,
+    DocumentBatch,
     Kind,
-    Reading,
-    Unit,
+    ReadOptions,
+    WorkUnit,
     last_cut,
     open_raw,
-    raise_if_passing,
+    raise_if_transient,
 )
 
 _UNREADABLE = (OSError, EOFError, zlib.error, zstandard.ZstdError, MemoryError)
-# A separator is a whole line. A text is cut only before white space or after such a line, so what a piece begins with
-# is a line's beginning if it is a separator.
+# A separator is a whole line. Text is cut only before white space or after a separator's line, so a piece that begins
+# with a separator begins with a line.
 _SEPARATOR = re.compile(rb"(?:\A|(?<=\n))" + re.escape(SEPARATOR) + rb"\r?\n")
 _SEPARATOR_LINE = b"\n" + SEPARATOR
 _OVERLAP = len(_SEPARATOR_LINE) + 2
@@ -40,8 +40,8 @@ _LINE_END = ord("\n")
 _LAST_SEPARATOR = re.compile(rb"(?:\A|(?<=\n))" + re.escape(SEPARATOR) + rb"(?:\r?\n|\Z)")
 
 
-def divide(path: str, name: str, kind: Kind, compression: Compression | None, reading: Reading) -> list[Unit]:
-    """Byte ranges of about UNIT_BYTES; a compressed file is one unit, for it can be read only from its start.
+def divide(path: str, name: str, kind: Kind, compression: Compression | None, options: ReadOptions) -> list[WorkUnit]:
+    """Byte ranges of about UNIT_BYTES; a compressed file is one unit, as it can be read only from its start.
 
     Raises:
         UserError: the file is missing, or the first line of a jsonl file has no such field.
@@ -55,9 +55,9 @@ def divide(path: str, name: str, kind: Kind, compression: Compression | None, re
         else:
             borders = _cuts(file, size)
     if kind == "jsonl":
-        _check_field(path, name, compression, reading.column)
+        _check_field(path, name, compression, options.column)
     return [
-        Unit(
+        WorkUnit(
             path=path,
             name=name,
             kind=kind,
@@ -72,25 +72,25 @@ def divide(path: str, name: str, kind: Kind, compression: Compression | None, re
 
 
 def _cuts(file: IO[bytes], size: int) -> list[tuple[int, bool]]:
-    """Places about UNIT_BYTES apart where a text can be cut without changing its tokens, and whether a document begins
+    """Offsets about UNIT_BYTES apart where cutting a text does not change its tokens, and whether a document begins
     there."""
     cuts = [(0, True)]
     target = UNIT_BYTES
     while target < size:
         file.seek(target)
         data = file.read(1 << 16)
-        found = _last_text_cut(data)
-        if found >= 0:
-            cuts.append((target + found, data[found - 1] == _LINE_END))  # one after a line's end is after a separator
-            target += found + UNIT_BYTES
+        cut = _last_text_cut(data)
+        if cut >= 0:
+            cuts.append((target + cut, data[cut - 1] == _LINE_END))  # a cut after a line's end follows a separator
+            target += cut + UNIT_BYTES
         else:
             target += len(data) - _OVERLAP if len(data) == 1 << 16 else len(data)
     return [*cuts, (size, True)]
 
 
 def _last_text_cut(data: bytes | bytearray, start: int = 0) -> int:
-    """As last_cut, and also after the line of a separator; but never just before that line's end, without which it
-    would look like text."""
+    """As last_cut, or after the line of a separator, but never between a separator and its line's end, without which
+    it would be text."""
     cut = end = len(data)
     while (cut := last_cut(data, start, cut)) >= 0:
         if cut >= len(_SEPARATOR_LINE) and not data.endswith(_SEPARATOR_LINE, 0, cut):
@@ -108,8 +108,8 @@ def _check_field(path: str, name: str, compression: Compression | None, column: 
         with open_raw(path, name) as raw, _decompress(raw, compression) as file:
             record = _record(file.readline())
     except (*_UNREADABLE, ValueError, RecursionError) as error:
-        raise_if_passing(error, name)
-        return  # reading will say where
+        raise_if_transient(error, name)
+        return  # raised with its place when the unit is read
     if isinstance(record, dict) and column not in record:
         have = ", ".join(record)
         raise UserError(f"{name} has no field {column!r}; its first line has {have}: set text_column to one of these")
@@ -124,7 +124,7 @@ def _decompress(file: IO[bytes], compression: Compression | None) -> IO[bytes]:
 
 
 class _ZstdFrames(io.RawIOBase):
-    """Frame after frame of a zstd file. zstandard's own reader takes a cut-off frame for a whole one."""
+    """Reads all frames of a zstd file. zstandard's own reader does not detect a truncated frame."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -155,9 +155,9 @@ class _ZstdFrames(io.RawIOBase):
 # ------------------------------------------------------------------------------------------------------------- jsonl
 
 
-def read_jsonl(unit: Unit, reading: Reading) -> Iterator[Batch]:
+def read_jsonl(unit: WorkUnit, options: ReadOptions) -> Iterator[DocumentBatch]:
     """The lines that begin inside the unit's bytes. See corpus.read."""
-    bad = BadInput(reading.on_bad_input)
+    bad = BadInput(options.on_bad_input)
     documents: list[bytes] = []
     held = consumed = 0
     with open_raw(unit.path, unit.name) as raw, _decompress(raw, unit.compression) as file:
@@ -165,70 +165,69 @@ def read_jsonl(unit: Unit, reading: Reading) -> Iterator[Batch]:
             position = unit.first
             if position:
                 file.seek(position - 1)
-                position += len(file.readline()) - 1  # the line that began before `first` is another unit's
+                position += len(file.readline()) - 1  # a line that begins before `first` belongs to the previous unit
             while unit.compression or position < unit.last:
                 line = file.readline()
                 if not line:
                     break
-                document = _field(line, reading, unit, position, bad)
+                document = _field(line, options, unit, position, bad)
                 position += len(line)
                 if document is not None:
                     documents.append(document)
                     held += len(document)
                 if held >= BATCH_BYTES:
-                    now = min(raw.tell() if unit.compression else position - unit.first, unit.size)
-                    yield Batch.of(documents, consumed=now - consumed, skipped=bad.take())
-                    documents, held, consumed = [], 0, now
+                    end = min(raw.tell() if unit.compression else position - unit.first, unit.size)
+                    yield DocumentBatch.of(documents, consumed=end - consumed, skipped=bad.take())
+                    documents, held, consumed = [], 0, end
         except _UNREADABLE as error:
             _unreadable(bad, unit, error)
-        yield Batch.of(documents, consumed=unit.size - consumed, skipped=bad.take())
+        yield DocumentBatch.of(documents, consumed=unit.size - consumed, skipped=bad.take())
 
 
 def _record(line: bytes) -> Any:
-    """A line's JSON. json.loads alone would let bytes pass that encode surrogates, which are no UTF-8, and a BOM."""
+    """Parse a line. json.loads on bytes would accept encoded surrogates, which are not UTF-8, and refuse a BOM."""
     return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
 
 
-def _field(line: bytes, reading: Reading, unit: Unit, position: int, bad: BadInput) -> bytes | None:
-    """One line's document as UTF-8, or None for an empty line or one that cannot be used."""
-    column, limit = reading.column, reading.max_document_bytes
+def _field(line: bytes, options: ReadOptions, unit: WorkUnit, position: int, bad: BadInput) -> bytes | None:
+    """The document of a line as UTF-8; None for an empty or unusable line."""
+    column, limit = options.column, options.max_document_bytes
     try:
         record = _record(line)
-        text = record.get(column, record)  # the record itself stands for "not there"
+        text = record.get(column, record)  # the record itself means that the field is missing
     except UnicodeDecodeError:
         reason = "not UTF-8"
     except (ValueError, RecursionError) as error:
         if line.isspace():
             return None
-        # Without the position, so that the same mistake in many lines is listed once.
+        # Without the position, so that equal errors of many lines are one entry.
         reason = f"not JSON: {getattr(error, 'msg', None) or error}"
     except AttributeError:
         reason = f"{type(record).__name__} instead of an object"
     else:
         if isinstance(text, str):
-            document = utf8(text)
+            document = to_utf8(text)
             if limit is None or len(document) <= limit:
                 return document
             place = f"{_line_number(unit, position)} with {len(document):,} bytes of text"
-            bad.add(unit.name, reading.too_long(), place)
+            bad.add(unit.name, options.too_long(), place)
             return None
-        what = "null" if text is None else type(text).__name__
-        reason = f"no field {column!r}" if text is record else f"{what} instead of text"
+        kind = "null" if text is None else type(text).__name__
+        reason = f"no field {column!r}" if text is record else f"{kind} instead of text"
     bad.add(unit.name, reason, lambda: _line_number(unit, position))
     return None
 
 
-def utf8(text: str) -> bytes:
-    """UTF-8 of a string; surrogates, which UTF-8 cannot hold, as tiktoken treats them: pairs are joined, others become
-    U+FFFD."""
+def to_utf8(text: str) -> bytes:
+    """Encode a string as UTF-8, with surrogates as tiktoken treats them: pairs are joined, others become U+FFFD."""
     try:
         return text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
 
-def _line_number(unit: Unit, position: int) -> str:
-    """Where a line begins, for people: counts the lines before it, so it reads the file up to there."""
+def _line_number(unit: WorkUnit, position: int) -> str:
+    """Number of the line at byte `position`; reads the file up to there."""
     line = 1
     with open_raw(unit.path, unit.name) as raw, _decompress(raw, unit.compression) as file:
         while position > 0 and (data := file.read(min(position, 1 << 20))):
@@ -237,8 +236,8 @@ def _line_number(unit: Unit, position: int) -> str:
     return f"line {line:,}"
 
 
-def _unreadable(bad: BadInput, unit: Unit, error: BaseException) -> None:
-    raise_if_passing(error, unit.name)
+def _unreadable(bad: BadInput, unit: WorkUnit, error: BaseException) -> None:
+    raise_if_transient(error, unit.name)
     reason = f"cannot be read to its end: {' '.join(str(error).split())[:200]}"
     bad.add(unit.name, reason, "compressed data" if unit.compression else f"bytes from {unit.first:,}", rows=0)
 
@@ -246,9 +245,9 @@ def _unreadable(bad: BadInput, unit: Unit, error: BaseException) -> None:
 # --------------------------------------------------------------------------------------------------------------- txt
 
 
-def read_txt(unit: Unit, reading: Reading) -> Iterator[Batch]:
+def read_txt(unit: WorkUnit, options: ReadOptions) -> Iterator[DocumentBatch]:
     """The text of the unit's bytes. See corpus.read."""
-    bad = BadInput(reading.on_bad_input)
+    bad = BadInput(options.on_bad_input)
     open_document = not unit.opens
     left, consumed = unit.size, 0
     data = bytearray()
@@ -261,13 +260,13 @@ def read_txt(unit: Unit, reading: Reading) -> Iterator[Batch]:
                 left -= len(block)
                 data += block
                 final = not block
-                # Only what is new can hold a better place to cut: a text without any is not searched again and again.
+                # Search only the new bytes: otherwise time is quadratic in text without a cut.
                 cut = len(data) if final else _last_text_cut(data, max(0, len(data) - len(block) - _OVERLAP))
                 if final or cut >= BATCH_BYTES // 2:
-                    now = unit.size if final else raw.tell() if unit.compression else unit.size - left
+                    end = unit.size if final else raw.tell() if unit.compression else unit.size - left
                     at_end = final and (unit.compression is not None or unit.last == raw.seek(0, 2))
                     batch, open_document = _split(bytes(data[:cut]), open_document, at_end, unit, bad)
-                    batch.consumed, consumed = now - consumed, now
+                    batch.consumed, consumed = end - consumed, end
                     batch.skipped = bad.take()
                     yield batch
                     del data[:cut]
@@ -275,23 +274,23 @@ def read_txt(unit: Unit, reading: Reading) -> Iterator[Batch]:
                     break
         except _UNREADABLE as error:
             _unreadable(bad, unit, error)
-            yield Batch.of([], consumed=unit.size - consumed, skipped=bad.take())
+            yield DocumentBatch.of([], consumed=unit.size - consumed, skipped=bad.take())
 
 
-def _split(data: bytes, open_document: bool, at_end: bool, unit: Unit, bad: BadInput) -> tuple[Batch, bool]:
-    """A piece of text as a Batch, and whether its last document may go on in the next piece."""
+def _split(data: bytes, open_document: bool, at_end: bool, unit: WorkUnit, bad: BadInput) -> tuple[DocumentBatch, bool]:
+    """Split a piece of text into documents; also whether the last may continue in the next piece."""
     documents: list[bytes] = []
     begins, position = not open_document, 0
     for match in (_LAST_SEPARATOR if at_end else _SEPARATOR).finditer(data):
         _append(documents, data[position : match.start()], unit, bad)
-        begins = begins or not documents  # a separator before any text: what was open is closed
+        begins = begins or not documents  # a separator before any text ends the open document
         open_document, position = False, match.end()
     more = _append(documents, data[position:], unit, bad)
-    return Batch.of(documents, begins=begins), more or open_document
+    return DocumentBatch.of(documents, begins=begins), more or open_document
 
 
-def _append(documents: list[bytes], text: bytes, unit: Unit, bad: BadInput) -> bool:
-    """Whether there was text that can be used."""
+def _append(documents: list[bytes], text: bytes, unit: WorkUnit, bad: BadInput) -> bool:
+    """Append `text` if it is usable and not empty; whether it was appended."""
     try:
         text.decode()
     except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""Work done side by side, its results in order, with a bounded amount of them waiting."""
+"""A map over threads whose results come in order, with a bounded number of results waiting."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
-WAITING = 8
-"""results of one item that may wait to be taken"""
+MAX_WAITING = 8
+"""results per item that may wait to be consumed"""
 
 
-class _Failed(Generic[T]):
+class _Failed:
     def __init__(self, error: BaseException) -> None:
         self.error = error
 
@@ -25,54 +25,54 @@ class _End:
     pass
 
 
-def in_order(
+def ordered_map(
     items: Sequence[T], work: Callable[[T], Iterator[R]], workers: int, first: int = 0
 ) -> Iterator[tuple[int, R]]:
     """(index, result) for every result of `work(items[index])`, from index `first` on, in order.
 
-    `workers` threads run `work`; twice as many items are under way at most, and an item whose results nobody has taken
-    yet waits after WAITING of them. An error is raised where its result would have come, after all that come before.
+    `workers` threads run `work` on at most twice as many items; an item pauses while MAX_WAITING of its results wait.
+    An error is raised where its result would have come, after all earlier results.
     """
     stop = threading.Event()
-    under_way: deque[tuple[int, queue.Queue[R | _Failed[R] | _End]]] = deque()
+    in_flight: deque[tuple[int, queue.Queue[R | _Failed | _End]]] = deque()
 
-    def put(line: queue.Queue[R | _Failed[R] | _End], value: R | _Failed[R] | _End) -> bool:
+    def put(results: queue.Queue[R | _Failed | _End], value: R | _Failed | _End) -> bool:
         while not stop.is_set():
             try:
-                line.put(value, timeout=0.2)
+                results.put(value, timeout=0.2)
                 return True
             except queue.Full:
                 continue
         return False
 
-    def run(item: T, line: queue.Queue[R | _Failed[R] | _End]) -> None:
+    def run(item: T, results: queue.Queue[R | _Failed | _End]) -> None:
         try:
             for result in work(item):
-                if not put(line, result):
+                if not put(results, result):
                     return
         except BaseException as error:
-            put(line, _Failed(error))
+            put(results, _Failed(error))
         else:
-            put(line, _End())
+            put(results, _End())
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="unit")
-    following = first
+    next_index = first
     try:
         while True:
-            while following < len(items) and len(under_way) < 2 * workers:
-                line: queue.Queue[R | _Failed[R] | _End] = queue.Queue(WAITING)
-                # Threads take items in this order, so the one whose results are wanted next is always worked on.
-                pool.submit(run, items[following], line)
-                under_way.append((following, line))
-                following += 1
-            if not under_way:
+            while next_index < len(items) and len(in_flight) < 2 * workers:
+                results: queue.Queue[R | _Failed | _End] = queue.Queue(MAX_WAITING)
+                # Threads take items in this order, so the item that is consumed next always has a thread.
+                pool.submit(run, items[next_index], results)
+                in_flight.append((next_index, results))
+                next_index += 1
+            if not in_flight:
                 return
-            index, line = under_way[0]
-            while not isinstance(value := line.get(), _End):
+            index, results = in_flight[0]
+            while not isinstance(value := results.get(), _End):
                 if isinstance(value, _Failed):
                     raise value.error
                 yield index, value
-            under_way.popleft()
+            in_flight.popleft()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Documents out of parquet files, straight from Arrow's buffers: no Python string is made."""
+"""Documents from parquet files, as views of Arrow's buffers: no Python strings."""
 
 from __future__ import annotations
 
@@ -13,66 +13,76 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2.errors import UserError
-from gpt2.tokenize.reading import BATCH_BYTES, UNIT_BYTES, BadInput, Batch, Reading, Unit, open_raw, raise_if_passing
+from gpt2.tokenize.reading import (
+    BATCH_BYTES,
+    UNIT_BYTES,
+    BadInput,
+    DocumentBatch,
+    ReadOptions,
+    WorkUnit,
+    open_raw,
+    raise_if_transient,
+)
 
 _TEXT = (pa.string(), pa.large_string(), pa.string_view())
 _BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())  # how some writers store text
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
-_FIRST_ROWS, _MOST_ROWS, _GROWTH = 64, 4096, 8  # of a batch; how many times the rows of the batch before
-_REPEATED = 8  # times as much text as the file has bytes for those rows: it has a text once that many rows have
-_held = threading.local()  # the file a thread read last: its footer is parsed once for all of its units
+_FIRST_ROWS, _MOST_ROWS = 64, 4096  # per batch
+_GROWTH = 8  # limit of rows relative to the previous batch
+_REPEATED = 8  # a ratio of text to bytes in the file above which the file stores repeated texts once
+_last_file = threading.local()  # per thread, the last file: its footer is parsed once for all units
 
 
-def divide(path: str, name: str, reading: Reading, bad: BadInput) -> list[Unit]:
-    """Units of whole row groups, each of about UNIT_BYTES of text unless one row group is larger.
+def divide(path: str, name: str, options: ReadOptions, bad: BadInput) -> list[WorkUnit]:
+    """Units of whole row groups with about UNIT_BYTES of text each, or one larger row group.
 
     Raises:
-        UserError: the file is missing, or has no such column, or one that is no text; or it is no parquet file, unless
-            `reading` says to skip such.
+        UserError: the file is missing, has no such column, or its column is no text; or it is no parquet file, unless
+            `options` says to skip it.
     """
     try:
         file = _open(path, name)
     except _UNREADABLE as error:
-        raise_if_passing(error, name)
+        raise_if_transient(error, name)
         bad.add(name, f"not a readable parquet file: {_one_line(error)}", "its footer", rows=0)
         return []
     schema = file.schema_arrow
-    if (same := len(_leaves(file, reading.column))) > 1:
+    if (matches := len(_leaves(file, options.column))) > 1:
         raise UserError(
-            f"{name} has {same} columns that {reading.column!r} may mean (a name that comes twice, or a field of a "
-            f"struct): rename all but one, or set text_column to another"
+            f"{name} has {matches} columns named {options.column!r} (a repeated name, or a field of a struct): rename "
+            f"all but one, or set text_column to another"
         )
-    if reading.column not in schema.names:
+    if options.column not in schema.names:
         have = ", ".join(schema.names)
-        raise UserError(f"{name} has no column {reading.column!r}; it has {have}: set text_column to one of these")
-    kind = schema.field(reading.column).type
+        raise UserError(f"{name} has no column {options.column!r}; it has {have}: set text_column to one of these")
+    kind = schema.field(options.column).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if kind not in _TEXT and kind not in _BYTES:
-        raise UserError(f"{name}: column {reading.column!r} is {kind}, not text; set text_column to another")
-    sizes = _sizes(file, reading.column)
+        raise UserError(f"{name}: column {options.column!r} is {kind}, not text; set text_column to another")
+    sizes = _sizes(file, options.column)
     units, first = [], 0
     for index in range(len(sizes)):
         size = sum(sizes[first : index + 1])
         if size >= UNIT_BYTES or index + 1 == len(sizes):
-            units.append(Unit(path=path, name=name, kind="parquet", first=first, last=index + 1, size=size))
+            units.append(WorkUnit(path=path, name=name, kind="parquet", first=first, last=index + 1, size=size))
             first = index + 1
     return units
 
 
-def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
-    """See corpus.read. A row group is decoded in pieces, so its size does not matter.
+def read(unit: WorkUnit, options: ReadOptions) -> Iterator[DocumentBatch]:
+    """See corpus.read. A row group of any size is decoded in pieces.
 
-    How many rows make BATCH_BYTES is known only from rows that were read: where a text is there many times, the file
-    has it once, and its sizes are those of the numbers that stand for it. They tell no more than the most there can be.
+    The rows that make BATCH_BYTES are estimated from the rows read so far. The file's sizes give only an upper bound:
+    with dictionary encoding, a repeated text counts once.
     """
-    bad = BadInput(reading.on_bad_input)
+    bad = BadInput(options.on_bad_input)
     try:
         file = _open(unit.path, unit.name)
     except _UNREADABLE as error:
-        raise_if_passing(error, unit.name)
+        raise_if_transient(error, unit.name)
         raise
-    sizes = _sizes(file, reading.column)
+    sizes = _sizes(file, options.column)
     wanted = _FIRST_ROWS
     for group in range(unit.first, unit.last):
         size, rows = sizes[group], file.metadata.row_group(group).num_rows
@@ -80,10 +90,10 @@ def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
         done = consumed = 0
         try:
             records = file.iter_batches(
-                min(wanted, most), row_groups=[group], columns=[reading.column], use_threads=False
+                min(wanted, most), row_groups=[group], columns=[options.column], use_threads=False
             )
             for record in records:
-                array = _text(record.column(0), reading, unit.name, group, done, bad)
+                array = _text(record.column(0), options, unit.name, group, done, bad)
                 done += record.num_rows
                 batch = _batch(array, skipped=bad.take())
                 text, even = int(batch.offsets[-1] - batch.offsets[0]), size * record.num_rows // rows
@@ -92,30 +102,30 @@ def read(unit: Unit, reading: Reading) -> Iterator[Batch]:
                 consumed += batch.consumed
                 fitting = record.num_rows * BATCH_BYTES // max(1, text)
                 wanted = max(1, min(_GROWTH * wanted, fitting))
-                file.reader.set_batch_size(min(wanted, most))  # Arrow asks for it anew at each batch
+                file.reader.set_batch_size(min(wanted, most))  # read by Arrow before each batch
                 yield batch
         except _UNREADABLE as error:
-            _held.file = None
-            raise_if_passing(error, unit.name)
+            _last_file.file = None
+            raise_if_transient(error, unit.name)
             reason = f"cannot be read: {_one_line(error)}"
             bad.add(unit.name, reason, f"row group {group}, row {done}", row_group=group, rows=rows - done)
-            yield Batch.of([], consumed=size - consumed, skipped=bad.take())
+            yield DocumentBatch.of([], consumed=size - consumed, skipped=bad.take())
 
 
 def _open(path: str, name: str) -> pq.ParquetFile:
     stat = None if "://" in path or not Path(path).exists() else Path(path).stat()
-    key = (path, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))  # not a file that was replaced since
-    held: tuple[object, pq.ParquetFile] | None = getattr(_held, "file", None)
+    key = (path, stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns))  # so that a replaced file is opened again
+    held: tuple[object, pq.ParquetFile] | None = getattr(_last_file, "file", None)
     if held is not None and held[0] == key:
         return held[1]
-    # pre_buffer would fetch the column of the whole file; a buffer_size lets a column chunk be read in pieces.
+    # pre_buffer would read the whole column; buffer_size reads a column chunk in pieces.
     file = pq.ParquetFile(open_raw(path, name), pre_buffer=False, buffer_size=1 << 20, page_checksum_verification=True)
-    _held.file = (key, file)
+    _last_file.file = (key, file)
     return file
 
 
 def _leaves(file: pq.ParquetFile, column: str) -> list[int]:
-    """Indices of the stored columns with that path: a field b of a struct a has the path "a.b"."""
+    """Indices of the leaf columns with that path; field b of struct a has path "a.b"."""
     schema = file.metadata.schema
     return [index for index in range(len(schema)) if schema.column(index).path == column]
 
@@ -127,8 +137,8 @@ def _sizes(file: pq.ParquetFile, column: str) -> list[int]:
     return [meta.row_group(group).column(leaf).total_uncompressed_size for group in range(meta.num_row_groups)]
 
 
-def _text(array: pa.Array, reading: Reading, name: str, group: int, row: int, bad: BadInput) -> pa.Array:
-    """The usable rows as a string or large_string array; `row` is the first one's number in its row group."""
+def _text(array: pa.Array, options: ReadOptions, name: str, group: int, row: int, bad: BadInput) -> pa.Array:
+    """The usable rows as a string or large_string array; `row` is the row group's row number of the first."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     if array.type in (pa.string_view(), pa.binary_view()):
@@ -141,15 +151,15 @@ def _text(array: pa.Array, reading: Reading, name: str, group: int, row: int, ba
         place = f"row group {group}, row {numbers[~valid][0]}"
         bad.add(name, "null instead of text", place, row_group=group, rows=array.null_count)
         numbers, array = numbers[valid], array.drop_null()
-    if reading.max_document_bytes is not None:
+    if options.max_document_bytes is not None:
         lengths = pc.binary_length(array).to_numpy(zero_copy_only=False)
-        long = lengths > reading.max_document_bytes
+        long = lengths > options.max_document_bytes
         if long.any():
             place = f"row group {group}, row {numbers[long][0]} with {lengths[long][0]:,} bytes of text"
-            bad.add(name, reading.too_long(), place, row_group=group, rows=int(long.sum()))
+            bad.add(name, options.too_long(), place, row_group=group, rows=int(long.sum()))
             numbers, array = numbers[~long], array.filter(pa.array(~long))
     try:
-        array.validate(full=True)  # Arrow takes a file's word for it that its text is UTF-8
+        array.validate(full=True)  # Arrow does not check UTF-8 when it reads
         return array
     except pa.ArrowInvalid:
         usable = np.ones(len(array), dtype=bool)
@@ -162,15 +172,15 @@ def _text(array: pa.Array, reading: Reading, name: str, group: int, row: int, ba
         return array.filter(pa.array(usable))
 
 
-def _batch(array: pa.Array, **more: Any) -> Batch:
-    """An Arrow text array as a Batch over the same memory."""
+def _batch(array: pa.Array, **more: Any) -> DocumentBatch:
+    """An Arrow text array as a DocumentBatch over the same memory."""
     if len(array) == 0:
-        return Batch.of([], **more)
+        return DocumentBatch.of([], **more)
     _, raw_offsets, data = array.buffers()
     kind = np.int64 if array.type == pa.large_string() else np.int32
     offsets = np.frombuffer(raw_offsets, dtype=kind)[array.offset : array.offset + len(array) + 1].astype(np.int64)
     text = np.frombuffer(data, dtype=np.uint8) if data is not None and data.size else np.empty(0, dtype=np.uint8)
-    return Batch(text, offsets, **more)
+    return DocumentBatch(text, offsets, **more)
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,7 +1,4 @@
-"""Processes that read and encode units, for what threads of one process cannot do side by side.
-
-tiktoken does not scale over threads, and parsing JSON holds the interpreter's lock.
-"""
+"""Processes that read and encode units, for work that holds the GIL: tiktoken's Python calls and JSON parsing."""
 
 from __future__ import annotations
 
@@ -20,47 +17,50 @@ import numpy as np
 from gpt2.errors import UserError
 from gpt2.shards import TOKEN
 from gpt2.stage.facts import Skipped
-from gpt2.tokenize.encoder import Encoded, encode_unit
-from gpt2.tokenize.reading import CannotReadNow, Reading, Unit
+from gpt2.tokenize.encoder import EncodedPart, encode_unit
+from gpt2.tokenize.reading import ReadOptions, TransientReadError, WorkUnit
 
 
-class Processes:
-    """A pool of processes; `run` gives a unit to an idle one."""
+class ProcessPool:
+    """`run` gives a unit to an idle process."""
 
-    def __init__(self, count: int, reading: Reading, backend: str) -> None:
-        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        self._all = [_Process(reading, backend) for _ in range(count)]
-        for process in self._all:
-            self._idle.put(process)
+    def __init__(self, count: int, options: ReadOptions, backend: str) -> None:
+        self._workers = [_Worker(options, backend) for _ in range(count)]
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
 
-    def run(self, unit: Unit) -> Iterator[Encoded]:
-        """As encode_unit."""
-        process = self._idle.get()
+    def run(self, unit: WorkUnit) -> Iterator[EncodedPart]:
+        """See encode_unit.
+
+        Raises:
+            UserError: also where the process is killed.
+        """
+        worker = self._idle.get()
         try:
-            yield from process.run(unit)
+            yield from worker.run(unit)
         finally:
-            self._idle.put(process)
+            self._idle.put(worker)
 
     def close(self) -> None:
-        for process in self._all:
-            process.close()
+        for worker in self._workers:
+            worker.close()
 
 
-class _Process:
-    def __init__(self, reading: Reading, backend: str) -> None:
-        self._pipe, theirs = Pipe()
-        command = [
-            sys.executable,
-            "-m",
-            "gpt2.tokenize.process_pool",
-            str(theirs.fileno()),
-            json.dumps(reading),
-            backend,
-        ]
-        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        theirs.close()  # so that the pipe ends when the process does
+class _Worker:
+    """One process, and this end of its pipe."""
 
-    def run(self, unit: Unit) -> Iterator[Encoded]:
+    def __init__(self, options: ReadOptions, backend: str) -> None:
+        self._pipe, child = Pipe()
+        program = [sys.executable, "-m", "gpt2.tokenize.process_pool"]
+        self.process = subprocess.Popen(
+            [*program, str(child.fileno()), json.dumps(options), backend],
+            pass_fds=[child.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        child.close()  # so that the pipe closes when the process ends
+
+    def run(self, unit: WorkUnit) -> Iterator[EncodedPart]:
         try:
             self._pipe.send(unit.model_dump())
             while True:
@@ -73,45 +73,45 @@ class _Process:
                     raise RuntimeError(rest[0])
                 consumed, skipped = rest
                 tokens = np.frombuffer(self._pipe.recv_bytes(), dtype=TOKEN)
-                yield Encoded(tokens, consumed, tuple(Skipped(**entry) for entry in skipped))
+                yield EncodedPart(tokens, consumed, tuple(Skipped(**entry) for entry in skipped))
         except (EOFError, ConnectionError):
-            status = self._process.wait()
-            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+            status = self.process.wait()
+            reason = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
             raise UserError(
-                f"a tokenizing process {how} while it read {unit.name}; run again, whole shards are kept "
-                f"(with fewer of them, tokenize_workers, if memory ran out)"
+                f"a tokenizing process {reason} while it read {unit.name}; run again, whole shards are kept "
+                f"(lower runtime.tokenize_workers if memory ran out)"
             ) from None
 
     def close(self) -> None:
         self._pipe.close()
-        self._process.terminate()
-        self._process.wait()
+        self.process.terminate()
+        self.process.wait()
 
 
-def serve(pipe: Connection, reading: Reading, backend: str) -> None:
-    """Encode the units that come through `pipe` until its other end is gone."""
+def serve(pipe: Connection, options: ReadOptions, backend: str) -> None:
+    """Encode the units that arrive through `pipe` until it is closed."""
     from gpt2.tokenize.bpe import make_encoder
 
     encoder = make_encoder(backend, quiet=True)
     while True:
-        unit = Unit(**pipe.recv())
+        unit = WorkUnit(**pipe.recv())
         try:
-            for part in encode_unit(unit, reading, encoder):
+            for part in encode_unit(unit, options, encoder):
                 pipe.send(("tokens", part.consumed, [entry.model_dump() for entry in part.skipped]))
                 pipe.send_bytes(part.tokens.data)
-            answer: tuple[Any, ...] = ("end",)
-        except (UserError, CannotReadNow) as error:
-            answer = ("bad", str(error))
+            reply: tuple[Any, ...] = ("end",)
+        except (UserError, TransientReadError) as error:
+            reply = ("bad", str(error))
         except Exception as error:
-            answer = ("error", f"{type(error).__name__}: {error}")
-        pipe.send(answer)
+            reply = ("error", f"{type(error).__name__}: {error}")
+        pipe.send(reply)
 
 
 def main(arguments: list[str]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C reaches the parent too, whose end is noticed
-    number, reading, backend = arguments
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too; its exit closes the pipe
+    descriptor, options, backend = arguments
     with contextlib.suppress(EOFError, ConnectionError):
-        serve(Connection(int(number)), Reading(*json.loads(reading)), backend)
+        serve(Connection(int(descriptor)), ReadOptions(*json.loads(options)), backend)
 
 
 if __name__ == "__main__":

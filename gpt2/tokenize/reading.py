@@ -1,4 +1,4 @@
-"""What every reader of data files shares: units of work, batches of documents, bad input, places to cut."""
+"""Shared by all readers of data files: units of work, batches of documents, bad input, and cuts in long documents."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from gpt2.errors import UserError
 from gpt2.stage.facts import Skipped
 
 UNIT_BYTES = 16 << 20
-"""of text, about, in a unit"""
+"""approximate text per unit"""
 BATCH_BYTES = 4 << 20
-"""of text, about, that a reader has in memory at a time"""
+"""approximate text that a reader holds in memory"""
 SEPARATOR = b"<|endoftext|>"
 
 Kind = Literal["parquet", "jsonl", "txt"]
@@ -28,49 +28,48 @@ Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 Offsets = np.ndarray[Any, np.dtype[np.int64]]
 
 
-class Reading(NamedTuple):
-    """How to read, the same for every unit."""
+class ReadOptions(NamedTuple):
+    """How to read every unit."""
 
     column: str
     on_bad_input: Literal["error", "skip"] = "error"
     max_document_bytes: int | None = None
-    """of a parquet row or a jsonl line, which are held whole"""
+    """per parquet row or jsonl line, which are held in memory whole"""
 
     def too_long(self) -> str:
-        """The reason that is given for a longer document."""
         return f"longer than tokenize.max_document_bytes={self.max_document_bytes:,}"
 
 
-class Unit(Section):
-    """A part of the corpus that one worker reads."""
+class WorkUnit(Section):
+    """A part of one file, read by one worker."""
 
     path: str
     """a path or an address"""
     name: str
-    """of the file, for people"""
+    """of the file, for messages"""
     kind: Kind
     compression: Compression | None = None
     first: int
     """row group (parquet) or byte"""
     last: int
-    """one past the last row group or byte; a jsonl line that begins before `last` belongs to the unit"""
+    """one past the last row group or byte; a jsonl line that begins before `last` belongs to this unit"""
     size: int
-    """bytes of input, for progress and estimates: of the text column before compression, or of the file"""
+    """bytes, for progress and estimates: of the text column before compression, or of the file"""
     opens: bool = True
-    """txt: whether the unit begins with a new document"""
+    """txt: whether a new document begins with this unit"""
 
 
 @dataclass
-class Batch:
-    """Documents, or parts of long ones, as UTF-8 in one buffer."""
+class DocumentBatch:
+    """UTF-8 documents, or parts of long ones, in one buffer."""
 
     data: Bytes
     offsets: Offsets
     """(n + 1,): document i is data[offsets[i] : offsets[i + 1]]"""
     begins: bool = True
-    """whether the first is the start of a document and not the continuation of what came before"""
+    """False if the first entry continues the last document of the previous batch"""
     consumed: int = 0
-    """bytes of the unit's `size` that this batch stands for"""
+    """bytes of the unit's `size` that this batch accounts for"""
     skipped: list[Skipped] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -80,14 +79,14 @@ class Batch:
         return self.data[self.offsets[index] : self.offsets[index + 1]].tobytes()
 
     @staticmethod
-    def of(documents: list[bytes], **more: Any) -> Batch:
+    def of(documents: list[bytes], **more: Any) -> DocumentBatch:
         offsets = np.zeros(len(documents) + 1, dtype=np.int64)
         np.cumsum([len(document) for document in documents], out=offsets[1:])
-        return Batch(np.frombuffer(b"".join(documents), dtype=np.uint8), offsets, **more)
+        return DocumentBatch(np.frombuffer(b"".join(documents), dtype=np.uint8), offsets, **more)
 
 
 class BadInput:
-    """Collects what cannot be used of one unit, or stops at the first of it."""
+    """Collects a unit's unusable input, or raises at the first."""
 
     def __init__(self, policy: Literal["error", "skip"]) -> None:
         self.policy = policy
@@ -96,23 +95,23 @@ class BadInput:
     def add(
         self, file: str, reason: str, where: str | Callable[[], str], *, row_group: int | None = None, rows: int = 1
     ) -> None:
-        """`where` says more about the place; a function is called only for the first of its kind.
+        """Record `rows` unusable rows. `where` describes the first; a function is called for the first only.
 
         Raises:
-            UserError: unless the configuration says to go on.
+            UserError: the policy is "error".
         """
         key = (file, row_group, reason)
-        known, first = self._rows.get(key, (0, ""))
+        count, first = self._rows.get(key, (0, ""))
         first = first or (where if isinstance(where, str) else where())
         if self.policy == "error":
             raise UserError(
-                f"{file}, {first}: {reason}; mend or remove the file, or set tokenize.on_bad_input=skip to leave out "
-                f"what cannot be used and list it in the manifest"
+                f"{file}, {first}: {reason}; correct or remove the file, or set tokenize.on_bad_input=skip to skip and "
+                f"list such input"
             )
-        self._rows[key] = (known + rows, first)
+        self._rows[key] = (count + rows, first)
 
     def take(self) -> list[Skipped]:
-        """What was collected since the last call, one entry a file, row group and reason."""
+        """Remove and return the collected entries, one per file, row group and reason."""
         entries = [
             Skipped(file=file, row_group=row_group, rows=rows, reason=f"{reason}; first at {first}")
             for (file, row_group, reason), (rows, first) in self._rows.items()
@@ -121,32 +120,31 @@ class BadInput:
         return entries
 
 
-class CannotReadNow(OSError):
-    """A file could not be read this time, which says nothing about what is in it: it is never left out for that, or
-    the bytes would depend on the weather. No UserError, so that a cluster tries again; yet its text is for people, and
-    a stage prints it as one line like that of any OSError."""
+class TransientReadError(OSError):
+    """Reading failed for a reason other than the file's content. Such input is never skipped: the bytes must depend on
+    the content alone. Not a UserError, so that a cluster retries; a stage prints it in one line, as any OSError."""
 
 
-def raise_if_passing(error: BaseException, name: str) -> None:
-    """Return only if the bytes of file `name` are bad, and would be another time.
+def raise_if_transient(error: BaseException, name: str) -> None:
+    """Return only if `error` means that the bytes of file `name` are bad.
 
-    Of those, Arrow says so with an OSError without a number, gzip with a subclass of its own, zlib and zstd with no
-    OSError at all. Numbers come from the operating system, and subclasses from it or from a remote store.
+    For bad bytes, Arrow raises an OSError without errno, gzip BadGzipFile, zlib and zstd no OSError. An OSError with
+    errno comes from the operating system, and other subclasses of OSError from it or from a remote store.
 
     Raises:
-        CannotReadNow: the error is one of time-outs, connections, permissions, devices, handles or memory.
+        TransientReadError: time-outs, connections, permissions, devices, handles or memory.
     """
-    if isinstance(error, CannotReadNow):
+    if isinstance(error, TransientReadError):
         raise error
     if isinstance(error, gzip.BadGzipFile) or not isinstance(error, OSError | MemoryError):
         return
     if type(error) is not OSError or error.errno is not None:
-        _raise_passing(error, name)
+        _raise_transient(error, name)
 
 
-def _raise_passing(error: BaseException, name: str) -> NoReturn:
-    why = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:200])))
-    raise CannotReadNow(f"{name} cannot be read now ({why}): put that right and run again, finished work is kept")
+def _raise_transient(error: BaseException, name: str) -> NoReturn:
+    reason = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:200])))
+    raise TransientReadError(f"{name} cannot be read now ({reason}): resolve this and run again, finished work is kept")
 
 
 def open_raw(path: str, name: str) -> IO[bytes]:
@@ -154,24 +152,24 @@ def open_raw(path: str, name: str) -> IO[bytes]:
 
     Raises:
         UserError: it is missing.
-        CannotReadNow: it is there, as far as is known.
+        TransientReadError: any other failure.
     """
     try:
         return fsspec.open(path, "rb").open() if "://" in path else open(path, "rb")
     except FileNotFoundError:
         target = path if "://" in path else Path(path).resolve()
         raise UserError(
-            f"data file {name} is missing ({target}): bring it back, or delete the download stage's directory and run "
-            f"again"
+            f"data file {name} is missing ({target}): restore it, or delete the download stage's "
+            f"directory and run again"
         ) from None
     except OSError as error:
-        _raise_passing(error, name)
+        _raise_transient(error, name)
 
 
 # ---------------------------------------------------------------------------------------------- cutting long documents
 
-# ASCII white space, looked for first because that is quick, after a character that is none. One of several bytes ends
-# with 80 to BF; those that the pattern calls \s are U+0085, 00A0, 1680, 2000 to 200A, 2028, 2029, 202F, 205F and 3000.
+# ASCII white space (searched first, for speed) after a character that is not white space. Multi-byte characters end
+# with 80 to BF; those that GPT-2's pattern calls \s are U+0085, 00A0, 1680, 2000-200A, 2028, 2029, 202F, 205F and 3000.
 _CUT = re.compile(
     rb"[ \t\r\n](?<=[!-~\x80-\xbf].)(?<!\xc2[\x85\xa0].)(?<!\xe1\x9a\x80.)(?<!\xe2\x80[\x80-\x8a\xa8\xa9\xaf].)"
     rb"(?<!\xe2\x81\x9f.)(?<!\xe3\x80\x80.)",
@@ -180,28 +178,28 @@ _CUT = re.compile(
 
 
 def last_cut(data: bytes | bytearray | memoryview, start: int, end: int) -> int:
-    """The last place in data[start:end] where a document can be cut without changing its tokens; -1: none.
+    """The last index in data[start:end] where cutting a document does not change its tokens; -1 if there is none.
 
-    In GPT-2's pattern a piece that holds anything but white space has white space at its start only, so it always ends
-    before white space; it looks ahead from white space only, and never back. So where white space follows anything
-    else, what comes before is divided as if the document ended there, and what comes after as if it began.
+    In GPT-2's pattern, a piece with any other character has white space only at its start, so it ends before white
+    space. The pattern looks ahead only from white space and never back. So before white space that follows another
+    character, the text on either side is split as if the document ended and began there.
     """
     window, stop = 1 << 12, end
     while stop > start:
         begin = max(start, stop - window)
-        found = -1
-        for match in _CUT.finditer(data, max(begin, start + 1), stop):  # the pattern sees what is before `begin`
-            found = match.start()
-        if found >= 0:
-            return found
+        cut = -1
+        for match in _CUT.finditer(data, max(begin, start + 1), stop):  # lookbehind reads before `begin`
+            cut = match.start()
+        if cut >= 0:
+            return cut
         stop, window = begin, 4 * window
     return -1
 
 
-def slices(batch: Batch, limit: int = 2 * BATCH_BYTES) -> Iterator[Batch]:
-    """A batch as batches of no more than `limit` bytes: cut between documents, or inside those that are longer.
+def slices(batch: DocumentBatch, limit: int = 2 * BATCH_BYTES) -> Iterator[DocumentBatch]:
+    """Split a batch into batches of at most `limit` bytes, between documents or inside longer ones.
 
-    Only a document with no place to cut stays longer. What was consumed and skipped is left to the caller.
+    Only text without a cut stays longer. `consumed` and `skipped` are not carried over.
     """
     offsets = batch.offsets
     if offsets[-1] - offsets[0] <= limit:
@@ -212,7 +210,7 @@ def slices(batch: Batch, limit: int = 2 * BATCH_BYTES) -> Iterator[Batch]:
     while index < len(batch):
         end = int(np.searchsorted(offsets, offsets[index] + limit, side="right")) - 1
         if end > index:  # whole documents
-            yield Batch(batch.data, offsets[index : end + 1], begins)
+            yield DocumentBatch(batch.data, offsets[index : end + 1], begins)
             index, begins = end, True
             continue
         start, stop = int(offsets[index]), int(offsets[index + 1])
@@ -223,7 +221,7 @@ def slices(batch: Batch, limit: int = 2 * BATCH_BYTES) -> Iterator[Batch]:
                 if forward is None:
                     break
                 cut = forward.start()
-            yield Batch(batch.data, np.array([start, cut], dtype=np.int64), begins)
+            yield DocumentBatch(batch.data, np.array([start, cut], dtype=np.int64), begins)
             start, begins = cut, False
-        yield Batch(batch.data, np.array([start, stop], dtype=np.int64), begins)
+        yield DocumentBatch(batch.data, np.array([start, stop], dtype=np.int64), begins)
         index, begins = index + 1, True

@@ -1,4 +1,4 @@
-"""One stream of tokens cut into shards, and where in the corpus each ends, so that work can go on after a kill."""
+"""Cuts one stream of tokens into shards and records where in the corpus each ends, to resume after a kill."""
 
 from __future__ import annotations
 
@@ -11,97 +11,103 @@ from contextlib import suppress
 from gpt2.shards import ShardWriter, Tokens
 from gpt2.stage.facts import Skipped
 from gpt2.stage.manifest import sha256_file
-from gpt2.tokenize.shard_store import FOLDER, Folder, Place, Progress, WholeShard, shard_bytes, shard_name
+from gpt2.tokenize.shard_store import (
+    SHARDS,
+    ResumeState,
+    ShardRecord,
+    ShardStore,
+    StreamPosition,
+    shard_bytes,
+    shard_name,
+)
 
-AT_ONCE = 4
-"""full shards on their way to disk: what a kill may cost, with the one that is being written"""
+MAX_PENDING = 4
+"""full shards that are being written to disk; a kill loses at most these and the one that is being filled"""
 
 
 class ShardSequence:
-    """Writes the stream; `shards` are the whole ones so far, those of earlier runs included.
+    """Writes the stream. `shards` are the complete ones, including those of earlier runs.
 
     Args:
-        folder: where the shards go.
-        plan: fingerprint of everything that decides the bytes, but for what the folder adds.
-        first, others: tokens of the first shard and of each that follows.
+        plan: fingerprint of everything that decides the bytes, except for what `store` adds.
+        first, others: tokens of the first shard and of each later one.
     """
 
-    def __init__(self, folder: Folder, prefix: str, plan: str, first: int, others: int) -> None:
-        self._folder, self._prefix, self._plan = folder, prefix, folder.fingerprint(plan)
+    def __init__(self, store: ShardStore, prefix: str, plan: str, first: int, others: int) -> None:
+        self._store, self._prefix, self._plan = store, prefix, store.fingerprint(plan)
         self._limits = first, others
         self._writer: ShardWriter | None = None
         self._skipped: list[Skipped] = []
-        # Full shards are brought to disk and hashed while the next ones are being written.
-        self._disk = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="disk")
-        self._pending: deque[Future[WholeShard]] = deque()
-        progress = folder.read_progress()
-        self.shards = list(self._kept(progress))
-        if progress and progress.plan != self._plan:
-            count = len(progress.shards)
-            print(f"tokenize: {count} shards of other input files or settings are made again", flush=True)
-        self.start = self.shards[-1].end if self.shards else Place()
-        self._before = sum(shard.tokens for shard in self.shards)  # of the shard that is being written
+        # Full shards are synced and hashed while the next ones are filled.
+        self._disk = ThreadPoolExecutor(MAX_PENDING, thread_name_prefix="disk")
+        self._pending: deque[Future[ShardRecord]] = deque()
+        state = store.read_progress()
+        self.shards = list(self._reusable(state))
+        if state and state.plan != self._plan:
+            print(f"tokenize: {len(state.shards)} shards of other inputs or settings are replaced", flush=True)
+        self.start = self.shards[-1].end if self.shards else StreamPosition()
+        self._before = sum(shard.tokens for shard in self.shards)  # tokens before the current shard
         self._number = len(self.shards)
-        self._here = Place(unit=self.start.unit)
+        self._position = StreamPosition(unit=self.start.unit)
         kept = {shard.path for shard in self.shards}
-        # What else lies there may be somebody's: only what we wrote down, or have names for, is ours to remove.
-        ours = {shard.path for shard in progress.shards} if progress else set()
-        form = re.compile(rf"{FOLDER}/\.?{re.escape(prefix)}_(val|train)_\d{{6,}}\.bin(\.tmp)?")
-        for name in folder.names():
-            if name not in kept and (name in ours or form.fullmatch(name)):
-                folder.remove(name)
+        # The folder may hold other files: remove only recorded shards, and files with a shard's name.
+        recorded = {shard.path for shard in state.shards} if state else set()
+        shard_pattern = re.compile(rf"{SHARDS}/\.?{re.escape(prefix)}_(val|train)_\d{{6,}}\.bin(\.tmp)?")
+        for name in store.names():
+            if name not in kept and (name in recorded or shard_pattern.fullmatch(name)):
+                store.remove(name)
 
     @property
     def tokens(self) -> int:
-        """In the stream so far."""
+        """Number of tokens in the stream so far."""
         return self._before + (self._writer.tokens if self._writer else 0)
 
     def write(self, unit: int, tokens: Tokens, skipped: tuple[Skipped, ...] = ()) -> None:
-        """Append what comes next in `unit`; what an earlier run wrote already is left out.
+        """Append the next tokens of `unit`, without those that an earlier run wrote.
 
         Raises:
             UserError: no space is left on the device.
         """
-        if unit != self._here.unit:
-            self._here = Place(unit=unit)
-        start = self._here.tokens
-        self._here = Place(unit=unit, tokens=start + len(tokens))
-        known = self.start.tokens - start if unit == self.start.unit else 0
-        if known <= 0:
+        if unit != self._position.unit:
+            self._position = StreamPosition(unit=unit)
+        start = self._position.tokens
+        self._position = StreamPosition(unit=unit, tokens=start + len(tokens))
+        written = self.start.tokens - start if unit == self.start.unit else 0
+        if written <= 0:
             self._skipped += skipped
-        position = max(known, 0)
+        position = max(written, 0)
         while self._pending and self._pending[0].done():
             self._record()
         while position < len(tokens):
             if self._writer is None:
-                self._writer = ShardWriter(self._folder.local(shard_name(self._prefix, self._number)))
+                self._writer = ShardWriter(self._store.local(shard_name(self._prefix, self._number)))
             limit = self._limits[min(self._number, 1)]
             part = tokens[position : position + limit - self._writer.tokens]
             self._writer.write(part)
             position += len(part)
             if self._writer.tokens == limit:
-                self._whole(Place(unit=unit, tokens=start + position))
+                self._complete(StreamPosition(unit=unit, tokens=start + position))
 
-    def finish(self, units: int) -> tuple[WholeShard, ...]:
-        """End the stream after `units` units; all its shards.
+    def finish(self, units: int) -> tuple[ShardRecord, ...]:
+        """End the stream after `units` units and return all shards.
 
         Raises:
             UserError: no space is left on the device.
         """
         if self._writer is not None:
-            self._whole(Place(unit=units))
+            self._complete(StreamPosition(unit=units))
         while self._pending:
             self._record()
         self._disk.shutdown()
-        if self._skipped and self.shards:  # what was met after the last token
+        if self._skipped and self.shards:  # rows skipped after the last token
             last = self.shards[-1]
             self.shards[-1] = last.model_copy(update={"skipped": (*last.skipped, *self._skipped)})
         return tuple(self.shards)
 
     def discard(self) -> None:
-        """After an error: give up the shard that is not whole, keep the others, up to the first that failed."""
+        """After an error: delete the incomplete shard, keep the complete ones before the first that failed."""
         try:
-            with suppress(Exception):  # it is that error, or would take its place
+            with suppress(Exception):  # the error that is being handled, or a consequence of it
                 while self._pending:
                     self._record()
         finally:
@@ -109,19 +115,21 @@ class ShardSequence:
             if self._writer is not None:
                 self._writer.discard()
 
-    def _whole(self, end: Place) -> None:
+    def _complete(self, end: StreamPosition) -> None:
         assert self._writer is not None
-        if len(self._pending) == AT_ONCE:
+        if len(self._pending) == MAX_PENDING:
             self._record()
         writer, self._writer = self._writer, None
         skipped, self._skipped = tuple(self._skipped), []
-        self._pending.append(self._disk.submit(self._to_disk, writer, self._number, end, skipped))
+        self._pending.append(self._disk.submit(self._write_to_disk, writer, self._number, end, skipped))
         self._before += writer.tokens
         self._number += 1
 
-    def _to_disk(self, writer: ShardWriter, index: int, end: Place, skipped: tuple[Skipped, ...]) -> WholeShard:
+    def _write_to_disk(
+        self, writer: ShardWriter, index: int, end: StreamPosition, skipped: tuple[Skipped, ...]
+    ) -> ShardRecord:
         writer.close()
-        shard = WholeShard(
+        shard = ShardRecord(
             path=shard_name(self._prefix, index),
             tokens=writer.tokens,
             documents=writer.documents,
@@ -129,23 +137,23 @@ class ShardSequence:
             end=end,
             skipped=skipped,
         )
-        self._folder.keep(shard.path)
+        self._store.keep(shard.path)
         return shard
 
     def _record(self) -> None:
-        """Wait for the oldest of the shards that are on their way to disk, and write it down.
+        """Wait for the oldest pending shard and record it in progress.json.
 
-        One that failed stays the oldest: to write down what follows it would leave a hole in the stream.
+        A shard that failed stays the oldest: recording later ones would leave a gap in the stream.
         """
         self.shards.append(self._pending[0].result())
         self._pending.popleft()
-        self._folder.write_progress(Progress(plan=self._plan, shards=tuple(self.shards)))
+        self._store.write_progress(ResumeState(plan=self._plan, shards=tuple(self.shards)))
 
-    def _kept(self, progress: Progress | None) -> Iterator[WholeShard]:
-        """The shards of earlier runs that can be kept: of the same plan, without a gap, there with the right size."""
-        for index, shard in enumerate(progress.shards if progress and progress.plan == self._plan else ()):
+    def _reusable(self, state: ResumeState | None) -> Iterator[ShardRecord]:
+        """The shards of earlier runs with the same plan, up to the first that is missing or has another size."""
+        for index, shard in enumerate(state.shards if state and state.plan == self._plan else ()):
             if shard.path != shard_name(self._prefix, index):
                 return
-            if self._folder.size(shard.path) != shard_bytes(shard.tokens):
+            if self._store.size(shard.path) != shard_bytes(shard.tokens):
                 return
             yield shard

@@ -23,7 +23,7 @@ from gpt2.download.installed_docs import (
     DISTRIBUTIONS,
     LONGEST,
     SHORTEST,
-    Document,
+    CorpusDocument,
     SourceFile,
     documents,
     is_prose,
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow  # the whole corpus is read
 
 
 @pytest.fixture(scope="module")
-def made() -> list[Document]:
+def made() -> list[CorpusDocument]:
     return documents()
 
 
@@ -47,7 +47,7 @@ def test_there_is_enough_and_it_is_quick() -> None:
     assert sum(len(document.text.encode()) for document in made) > 2_000_000
 
 
-def test_packages_are_spread(made: list[Document]) -> None:
+def test_packages_are_spread(made: list[CorpusDocument]) -> None:
     """Catches: a validation shard of one package's text and a training set of the other's."""
     whole = Counter(re.split("[.,]", document.origin)[0] for document in made)
     assert set(whole) == set(DISTRIBUTIONS)
@@ -63,7 +63,7 @@ def test_the_corpus_is_of_packages_that_are_pinned_exactly() -> None:
         assert f"{name}=={importlib.metadata.version(name)}" in dependencies
 
 
-def test_documents_are_long_enough_and_nothing_comes_twice(made: list[Document]) -> None:
+def test_documents_are_long_enough_and_nothing_comes_twice(made: list[CorpusDocument]) -> None:
     """Catches: a corpus of fragments; validation text that was trained on."""
     assert min(len(document.text) for document in made) >= SHORTEST - 2
     assert sorted(len(document.text) for document in made)[-len(made) // 50] < 1.5 * LONGEST
@@ -74,7 +74,7 @@ def test_documents_are_long_enough_and_nothing_comes_twice(made: list[Document])
 def test_same_installation_same_bytes(tmp_path: Path) -> None:
     """Catches: an order that follows the hash seed or the file system, so that addresses lie."""
     program = (
-        "from pathlib import Path; import sys; from gpt2.installed_docs import *;"
+        "from pathlib import Path; import sys; from gpt2.download.installed_docs import *;"
         "print(write(Path(sys.argv[1]), max_bytes=400_000), installation().sha256)"
     )
     outputs = []
@@ -86,7 +86,7 @@ def test_same_installation_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
 
 
-def test_parquet_has_a_text_column_and_keeps_to_max_bytes(tmp_path: Path, made: list[Document]) -> None:
+def test_parquet_has_a_text_column_and_keeps_to_max_bytes(tmp_path: Path, made: list[CorpusDocument]) -> None:
     """Catches: a file that the tokenizer cannot read; a limit that cuts a document or is passed."""
     path = tmp_path / "docs.parquet"
     size = installed_docs.write(path, max_bytes=100_000)
@@ -97,7 +97,7 @@ def test_parquet_has_a_text_column_and_keeps_to_max_bytes(tmp_path: Path, made: 
 
 
 @pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
-def test_every_python_gives_the_same_corpus(version: str, made: list[Document]) -> None:
+def test_every_python_gives_the_same_corpus(version: str, made: list[CorpusDocument]) -> None:
     """Catches: docstrings that one Python cleans in another way than the next, at one address."""
     python = shutil.which(f"python{version}")
     if python is None or subprocess.run([python, "-c", ""], capture_output=True).returncode:
@@ -124,7 +124,7 @@ def test_a_changed_source_file_is_an_error(tmp_path: Path) -> None:
 
 def test_modules_are_parsed_not_imported() -> None:
     """Catches: importing two large packages, with what they start."""
-    program = "import sys; from gpt2.installed_docs import *; documents(); print(sorted(sys.modules))"
+    program = "import sys; from gpt2.download.installed_docs import *; documents(); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.count("\n") == 1 and done.stderr == ""
     for name in ("mlflow", "prefect", "prefect.main"):

@@ -1,4 +1,4 @@
-"""What identifies a source, and what does not."""
+"""The identity of sources."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_hash_of_a_file_just_written_is_not_remembered(corpus: Path, tmp_path:
 
 
 def test_a_damaged_memory_is_only_forgotten(corpus: Path, tmp_path: Path) -> None:
-    """Catches: a traceback about hashes.json, which nobody needs."""
+    """Catches: a traceback about hashes.json, instead of hashing again."""
     first = Hashes(tmp_path).of([corpus / "a.txt"])
     for damage in ("", "[1, 2]", '{"cut'):
         (tmp_path / "hashes.json").write_text(damage)
@@ -121,7 +121,7 @@ def test_names_with_brackets_are_files_first(tmp_path: Path) -> None:
 
 
 def test_relative_and_home_paths(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches: paths that hold only as long as nobody changes the folder between planning and work."""
+    """Catches: paths that hold only as long as the working directory stays the same between planning and work."""
     monkeypatch.chdir(corpus.parent)
     monkeypatch.setenv("HOME", str(corpus))
     assert find_local(["corpus/a.txt"], TEXT_FORMATS) == find_local(["~/a.txt"], TEXT_FORMATS) == [corpus / "a.txt"]
@@ -130,14 +130,16 @@ def test_relative_and_home_paths(corpus: Path, tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("missing.txt", "there is no file {corpus}/missing.txt: correct the path"),
-        ("*.parquet", "nothing matches '{corpus}/*.parquet': the folder {corpus} has no file that fits"),
-        ("no/*/x?.txt", "nothing matches '{corpus}/no/*/x?.txt': the folder {corpus}/no does not exist"),
+        ("missing.txt", "{corpus}/missing.txt"),
+        ("*.parquet", "'{corpus}/*.parquet': the folder {corpus} has no match"),
+        ("no/*/x?.txt", "'{corpus}/no/*/x?.txt': the folder {corpus}/no does not exist"),
         ("deep", "{corpus}/deep is a folder: write {corpus}/deep/*.parquet"),
-        ("odd.csv", "odd.csv is of no known format: this source takes .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
+        ("odd.csv", "odd.csv has no known suffix: this source accepts .parquet, .jsonl, .jsonl.gz, .jsonl.zst, .txt"),
     ],
 )
-def test_what_is_wrong_with_a_path_is_said(corpus: Path, tmp_path: Path, pattern: str, message: str) -> None:
+def test_a_wrong_path_is_named_with_its_pattern_and_folder(
+    corpus: Path, tmp_path: Path, pattern: str, message: str
+) -> None:
     """Catches: an empty corpus, or "file not found" without the pattern and the folder that was looked in."""
     (corpus / "odd.csv").write_text("a,b\n")
     with pytest.raises(UserError) as caught:
@@ -166,7 +168,7 @@ def test_shards_are_bin_files(corpus: Path, tmp_path: Path) -> None:
     (corpus / "x_val_000000.bin").write_bytes(b"x")
     identity, _ = identify(LocalShards(paths=(str(corpus / "*.bin"),)), tmp_path)
     assert identity["kind"] == "local-shards" and "text_column" not in identity
-    with pytest.raises(UserError, match=r"a\.txt is of no known format: this source takes \.bin"):
+    with pytest.raises(UserError, match=r"a\.txt .*\.bin"):
         find_local([str(corpus / "a.txt")], SHARD_FORMATS)
 
 

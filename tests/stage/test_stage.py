@@ -24,7 +24,7 @@ from gpt2.stage.facts import BenchmarkFacts, DownloadFacts, PretrainedFacts, Sha
 from gpt2.stage.file_hashes import Hashes, Stamp
 from gpt2.stage.manifest import Damaged, FileEntry, Manifest, OtherVersion, Request, file_entry, read_model, write_model
 from gpt2.stage.metrics import MetricsWriter, cut_after_step, read_metrics
-from gpt2.tokenize.shard_store import WholeShard
+from gpt2.tokenize.shard_store import ShardRecord
 
 FACTS = BenchmarkFacts(kind="x", examples=1, chance=0.25, origin="test")
 
@@ -339,7 +339,7 @@ def test_no_path_in_a_record_leads_out_of_its_directory(path: str) -> None:
     for model, fields in (
         (FileEntry, {"path": path, "size": 1, "sha256": "0", "mtime_ns": 0}),
         (ShardEntry, {"path": path, "split": "val", "tokens": 1}),
-        (WholeShard, {"path": path, "tokens": 1, "documents": 1, "sha256": "0", "end": {}}),
+        (ShardRecord, {"path": path, "tokens": 1, "documents": 1, "sha256": "0", "end": {}}),
         (PretrainedFacts, {"origin": "x", "checkpoint": path}),
         (TrainFacts, {**training, "checkpoint": path}),
         (DownloadFacts, {"kind": "x", "text_column": None, "files": [path], "total_bytes": 1, "origin": "x"}),

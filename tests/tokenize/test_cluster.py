@@ -1,4 +1,4 @@
-"""gpt2.tokenize.cluster: several machines' worth of processes, and the bytes of one."""
+"""gpt2.tokenize.cluster: a Dask cluster of local processes writes the bytes of a single process."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def cluster() -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def many_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("corpus_parquet", "corpus_lines"):
-        monkeypatch.setattr(f"gpt2.{module}.UNIT_BYTES", 20_000)
+    for module in ("parquet", "lines"):
+        monkeypatch.setattr(f"gpt2.tokenize.{module}.UNIT_BYTES", 20_000)
 
 
 def corpus(path: Path, rows: int = 12_000) -> tuple[Path, list[str]]:
@@ -56,7 +56,7 @@ def hashes(stage: StageDir) -> list[str]:
     return [entry.sha256 for entry in stage.manifest.files]
 
 
-def test_workers_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_workers_lose_or_repeat_no_tokens(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three processes, two of them killed while they work. Catches tokens lost with a worker, written twice when its
     units are done again, or put in the order in which workers finish, and files of others that are removed with the
     parts."""
@@ -79,7 +79,7 @@ def test_workers_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest
                 os.kill(victims[ending], signal.SIGKILL)
                 killed.append(victims[ending])
 
-        monkeypatch.setattr("gpt2.tokenize.shard_store.Folder.keep", kill)
+        monkeypatch.setattr("gpt2.tokenize.shard_store.ShardStore.keep", kill)
         tokenize(stage)
         client.wait_for_workers(3)
         assert sorted(killed) == sorted([first, second])
@@ -93,21 +93,21 @@ def test_workers_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest
 
 DRIVER = """
 import os, sys, time
-from gpt2 import cluster, corpus_parquet
-corpus_parquet.UNIT_BYTES = 20_000
+from gpt2.tokenize import cluster, parquet
+parquet.UNIT_BYTES = 20_000
 last, *arguments = sys.argv[1:]
-keep = cluster.RemoteFolder.keep
+keep = cluster.RemoteShardStore.keep
 def kept(folder, name):
     if name.endswith(last):
         open(os.environ["TMPDIR"] + "/reached", "w").close()
         time.sleep(1000)
     keep(folder, name)
-cluster.RemoteFolder.keep = kept
+cluster.RemoteShardStore.keep = kept
 cluster.main(arguments)
 """
 
 
-def test_the_driver_killed_midway(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_driver_resumes_without_a_gap(tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL twice, each time while a shard is on its way and later ones have arrived. Catches a shard that is left
     out because those after it were there, starting over, and what a killed run leaves lying about."""
     file, texts = corpus(tmp_path / "a.parquet")
@@ -170,8 +170,8 @@ def test_from_addresses_to_an_address(tmp_path: Path, cluster: Any) -> None:
 def test_a_unit_that_no_worker_survives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches trying for ever. Reading the address `deadly://` ends the process that does it."""
     from gpt2.tokenize import dask_encode as module
-    from gpt2.tokenize.dask_encode import encoded_on
-    from gpt2.tokenize.reading import Reading, Unit
+    from gpt2.tokenize.dask_encode import encode_on_cluster
+    from gpt2.tokenize.reading import ReadOptions, WorkUnit
 
     (tmp_path / "deadly.py").write_text(
         "import os, fsspec\n"
@@ -181,15 +181,15 @@ def test_a_unit_that_no_worker_survives(tmp_path: Path, monkeypatch: pytest.Monk
         "fsspec.register_implementation('deadly', Deadly)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)  # passed on to processes that are spawned
-    monkeypatch.setattr(module, "LOST_WORKERS", 1)
-    unit = Unit(path="deadly://x", name="x.txt", kind="txt", first=0, last=1, size=1)
+    monkeypatch.setattr(module, "MAX_LOST_WORKERS", 1)
+    unit = WorkUnit(path="deadly://x", name="x.txt", kind="txt", first=0, last=1, size=1)
     with (
         distributed.LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
         distributed.Client(cluster) as client,
     ):
         client.register_plugin(_Preload())
-        with pytest.raises(UserError, match=r"workers and more were lost over x.txt \(unit 0\)"):
-            list(encoded_on(client, [unit], Reading("text"), "tiktoken", 0, str(tmp_path / "parts")))
+        with pytest.raises(UserError, match=r"x\.txt \(unit 0\) .* 1 Dask workers"):
+            list(encode_on_cluster(client, [unit], ReadOptions("text"), "tiktoken", 0, str(tmp_path / "parts")))
 
 
 class _Preload(distributed.WorkerPlugin):  # type: ignore[misc,name-defined]
@@ -197,7 +197,7 @@ class _Preload(distributed.WorkerPlugin):  # type: ignore[misc,name-defined]
         __import__("deadly")
 
 
-def test_nobody_there() -> None:
+def test_a_scheduler_that_does_not_answer_is_named() -> None:
     from gpt2.tokenize import dask_encode as module
 
     module.CONNECT_SECONDS, before = 2, module.CONNECT_SECONDS
@@ -211,7 +211,7 @@ def test_nobody_there() -> None:
         module.CONNECT_SECONDS = before
 
 
-def test_command(tmp_path: Path) -> None:
+def test_the_command_line_writes_an_output_and_reports_missing_inputs(tmp_path: Path) -> None:
     file, texts = corpus(tmp_path / "a.parquet", rows=500)
     command = [
         sys.executable,
@@ -234,10 +234,10 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0 and f"tokenize: {tmp_path / 'out'} is finished already" in done.stdout
     done = subprocess.run([*command, str(tmp_path / "*.jsonl")], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.endswith(f"error: no file matches {tmp_path}/*.jsonl: mend the pattern\n")
+    assert done.stderr.endswith(f"error: no file matches {tmp_path}/*.jsonl: correct the pattern\n")
 
 
-def test_through_prefect(tmp_path: Path, cluster: Any, prefect_server: None) -> None:
+def test_the_flow_on_a_cluster_writes_the_same_tokens(tmp_path: Path, cluster: Any, prefect_server: None) -> None:
     """The flow on a running cluster, through prefect-dask."""
     from prefect_dask import DaskTaskRunner
 

@@ -25,34 +25,42 @@ from corpus_stages import tokenize_stage
 from gpt2.errors import UserError
 from gpt2.stage import directory as stage
 from gpt2.stage.facts import Skipped
-from gpt2.tokenize import corpus
-from gpt2.tokenize import lines as corpus_lines
-from gpt2.tokenize import parquet as corpus_parquet
+from gpt2.tokenize import lines, parquet
 from gpt2.tokenize.bpe_tables import character_classes
 from gpt2.tokenize.corpus import divide, kind_of, read
 from gpt2.tokenize.encoder import TiktokenEncoder, encode_unit
-from gpt2.tokenize.reading import _CUT, Batch, CannotReadNow, Reading, Unit, last_cut, slices
-from gpt2.tokenize.stage import expected_tokens, tokenize
+from gpt2.tokenize.reading import (
+    _CUT,
+    BATCH_BYTES,
+    BadInput,
+    DocumentBatch,
+    ReadOptions,
+    TransientReadError,
+    WorkUnit,
+    last_cut,
+    slices,
+)
+from gpt2.tokenize.stage import estimate_tokens, tokenize
 from gpt2.tokenizer import gpt2_encoding
 
-TEXT = Reading("text")
-SKIP = Reading("text", "skip")
+TEXT = ReadOptions("text")
+SKIP = ReadOptions("text", "skip")
 # White space to GPT-2's pattern, besides blanks, tabs and ends of lines.
 BLANKS = [*"\x0b\x0c\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000", *map(chr, range(0x2000, 0x200B))]
 
 
-def documents(batches: Iterator[Batch]) -> list[str]:
-    found: list[bytes] = []
+def documents(batches: Iterator[DocumentBatch]) -> list[str]:
+    parts: list[bytes] = []
     for batch in batches:
         for index in range(len(batch)):
             if index or batch.begins:
-                found.append(batch[index])
+                parts.append(batch[index])
             else:
-                found[-1] += batch[index]
-    return [document.decode() for document in found]
+                parts[-1] += batch[index]
+    return [document.decode() for document in parts]
 
 
-def corpus_of(path: Path, reading: Reading = TEXT) -> list[str]:
+def corpus_of(path: Path, reading: ReadOptions = TEXT) -> list[str]:
     units, _ = divide([(str(path), path.name)], reading)
     return documents(batch for unit in units for batch in read(unit, reading))
 
@@ -63,7 +71,7 @@ def skipped_of(path: Path) -> list[Skipped]:
 
 
 def small(monkeypatch: pytest.MonkeyPatch, unit: int, batch: int) -> None:
-    for module in (corpus_lines, corpus_parquet):
+    for module in (lines, parquet):
         monkeypatch.setattr(module, "UNIT_BYTES", unit)
         monkeypatch.setattr(module, "BATCH_BYTES", batch)
 
@@ -124,7 +132,7 @@ def test_rows_that_are_not_utf8(tmp_path: Path) -> None:
     raw = pa.array([b"good", None, b"bad \xff\xfe", b"cut \xe6\x9d", b"fine \xc3\xa9"])
     path = write(tmp_path / "a.parquet", raw.view(pa.string()))
     with pytest.raises(UserError, match="row group 0, row 2: not UTF-8"):
-        list(corpus_parquet._text(raw.drop_null().view(pa.string()), TEXT, "x", 0, 1, corpus.BadInput("error")))
+        list(parquet._text(raw.drop_null().view(pa.string()), TEXT, "x", 0, 1, BadInput("error")))
     assert corpus_of(path, SKIP) == ["good", "fine é"]
     assert [(s.rows, s.reason) for s in skipped_of(path)] == [
         (1, "null instead of text; first at row group 0, row 1"),
@@ -165,16 +173,16 @@ def test_files_that_are_no_parquet(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a.parquet, its footer: not a readable parquet file"):
         corpus_of(path)
     assert corpus_of(path, SKIP) == [] and skipped_of(path)[0].file == "a.parquet"
-    with pytest.raises(UserError, match=r"data file b.parquet is missing \(/.*b.parquet\): bring it back"):
+    with pytest.raises(UserError, match=r"b.parquet is missing \(/.*b.parquet\)"):
         corpus_of(tmp_path / "b.parquet")
 
 
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", pa.array(WORDS))
     with pytest.raises(UserError, match=r"a.parquet has no column 'body'; it has id, text: set text_column"):
-        divide([(str(path), "a.parquet")], Reading("body"))
+        divide([(str(path), "a.parquet")], ReadOptions("body"))
     with pytest.raises(UserError, match="column 'id' is int64, not text"):
-        divide([(str(path), "a.parquet")], Reading("id"))
+        divide([(str(path), "a.parquet")], ReadOptions("id"))
 
 
 def test_columns_that_cannot_be_told_apart(tmp_path: Path) -> None:
@@ -185,7 +193,7 @@ def test_columns_that_cannot_be_told_apart(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.parquet"
         pq.write_table(table, path)
         with pytest.raises(UserError, match=rf"{name}\.parquet has 2 columns .*'{re.escape(column)}'.*text_column"):
-            divide([(str(path), path.name)], Reading(column))
+            divide([(str(path), path.name)], ReadOptions(column))
 
 
 def test_a_batch_is_as_large_as_its_text(tmp_path: Path) -> None:
@@ -198,7 +206,7 @@ def test_a_batch_is_as_large_as_its_text(tmp_path: Path) -> None:
         assert path.stat().st_size < 100_000
         (unit,) = divide([(str(path), path.name)], TEXT)[0]
         sizes = [int(batch.offsets[-1] - batch.offsets[0]) for batch in read(unit, TEXT)]
-        assert sum(sizes) > 50e6 and max(sizes) < 1.1 * corpus.BATCH_BYTES
+        assert sum(sizes) > 50e6 and max(sizes) < 1.1 * BATCH_BYTES
         assert len(sizes) < 25, "Arrow does not take another number of rows midway"
     path = write(tmp_path / "c.parquet", pa.array([f"row {number}" for number in range(40_000)]))
     assert corpus_of(path) == [f"row {number}" for number in range(40_000)]
@@ -212,7 +220,7 @@ def test_a_file_of_no_rows(tmp_path: Path) -> None:
     assert pq.ParquetFile(empty).metadata.num_row_groups == 1
     for files in ([empty], [empty, other]):
         units, _ = divide([(str(path), path.name) for path in files], TEXT)
-        assert (expected_tokens(units, TEXT, TiktokenEncoder()) > 0) == (other in files)
+        assert (estimate_tokens(units, TEXT, TiktokenEncoder()) > 0) == (other in files)
 
 
 @pytest.mark.slow
@@ -349,7 +357,7 @@ def random_text(rng: random.Random) -> str:
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
 def test_txt_whatever_the_units(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a separator missed or invented at a border, and a document that begins twice."""
-    seed = random.randrange(10**6)
+    seed = 1
     rng = random.Random(seed)
     for trial in range(150):
         text = random_text(rng)
@@ -360,7 +368,7 @@ def test_txt_whatever_the_units(tmp_path: Path, suffix: str, monkeypatch: pytest
 
 def test_txt_becomes_the_same_tokens_whatever_the_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches: a cut inside a token, and a document that begins at a border where none does or the other way round."""
-    seed = random.randrange(10**6)
+    seed = 1
     rng = random.Random(seed)
     encoder = TiktokenEncoder()
     path = tmp_path / "a.txt"
@@ -374,7 +382,7 @@ def test_txt_becomes_the_same_tokens_whatever_the_units(tmp_path: Path, monkeypa
         units, _ = divide([(str(path), "a.txt")], TEXT)
         opened += sum(unit.opens for unit in units[1:])
         tokens = [part.tokens for unit in units for part in encode_unit(unit, TEXT, encoder)]
-        whole = encoder.encode(Batch.of([part.encode() for part in split_text(text)]))
+        whole = encoder.encode(DocumentBatch.of([part.encode() for part in split_text(text)]))
         assert np.array_equal(np.concatenate([np.empty(0, np.uint16), *tokens]), whole), f"seed {seed}, trial {trial}"
     assert opened > 10
 
@@ -412,14 +420,14 @@ def test_txt_that_is_not_utf8(tmp_path: Path) -> None:
 
 def test_a_text_can_be_cut_where_we_cut_it() -> None:
     """Catches a cut that changes tokens: in a word, in a contraction, in white space that is looked ahead from."""
-    seed = random.randrange(10**6)
+    seed = 1
     rng = random.Random(seed)
     # Here any two neighbours in a piece are a token, so that a border in another place always shows.
     ranks = {bytes([byte]): byte for byte in range(256)}
     ranks |= {bytes([one, two]): len(ranks) + 256 * one + two for one in range(256) for two in range(256)}
     pairs = tiktoken.Encoding("pairs", pat_str=gpt2_encoding()._pat_str, mergeable_ranks=ranks, special_tokens={})
     alphabet = [*"abz019.,'\"-( \n\t\r", "'s", "'ll", "  ", *BLANKS, *"éßя東中文字。、，「」한٣½\u0301\x1f\u200b🙂"]
-    found = 0
+    cuts = 0
     for _ in range(1500):
         text = "".join(rng.choices(alphabet, k=rng.randrange(2, 30)))
         raw = text.encode()
@@ -427,8 +435,8 @@ def test_a_text_can_be_cut_where_we_cut_it() -> None:
             parts = raw[:cut].decode(), raw[cut:].decode()
             for encode in (gpt2_encoding().encode_ordinary, pairs.encode_ordinary):
                 assert encode(parts[0]) + encode(parts[1]) == encode(text), f"seed {seed}: {text!r} at {cut}"
-            found += 1
-    assert found > 500
+            cuts += 1
+    assert cuts > 500
 
 
 def test_a_text_can_be_cut_after_anything_but_white_space() -> None:
@@ -444,16 +452,18 @@ def test_a_text_can_be_cut_after_anything_but_white_space() -> None:
 
 def test_slices_keep_everything_and_stay_small() -> None:
     """Catches bytes lost or repeated between slices, and documents that begin in the wrong slice."""
-    seed = random.randrange(10**6)
+    seed = 1
     rng = random.Random(seed)
     for _ in range(300):
         texts = [
             "".join(rng.choices(["word", " ", "\n", "é"], k=rng.randrange(30))).encode()
             for _ in range(rng.randrange(1, 9))
         ]
-        whole = Batch.of(texts, begins=rng.random() < 0.5)
+        whole = DocumentBatch.of(texts, begins=rng.random() < 0.5)
         parts = list(slices(whole, limit=20))
-        assert documents(iter([Batch.of([b""]), *parts])) == documents(iter([Batch.of([b""]), whole])), f"seed {seed}"
+        assert documents(iter([DocumentBatch.of([b""]), *parts])) == documents(
+            iter([DocumentBatch.of([b""]), whole])
+        ), f"seed {seed}"
         for part in parts:
             if part.offsets[-1] - part.offsets[0] > 20:  # only where there is no place to cut
                 assert len(part) == 1 and last_cut(part[0], 0, 20) < 0
@@ -501,12 +511,12 @@ class Flaky(io.FileIO):
 
 
 def flaky(monkeypatch: pytest.MonkeyPatch, error: BaseException, good: int) -> None:
-    corpus_parquet._held.__dict__.clear()
-    for module in (corpus_lines, corpus_parquet):
+    parquet._last_file.__dict__.clear()
+    for module in (lines, parquet):
         monkeypatch.setattr(module, "open_raw", lambda path, name: Flaky(path, error, good))
 
 
-PASSING = [
+TRANSIENT = [
     TimeoutError("no answer"),
     OSError(errno.EIO, "Input/output error"),
     OSError(errno.EMFILE, "Too many open files"),
@@ -517,7 +527,7 @@ PASSING = [
 ]
 
 
-@pytest.mark.parametrize("error", PASSING, ids=repr)
+@pytest.mark.parametrize("error", TRANSIENT, ids=repr)
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".txt.gz"])
 def test_what_cannot_be_read_now_is_not_left_out(
     tmp_path: Path, suffix: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
@@ -537,10 +547,12 @@ def test_what_cannot_be_read_now_is_not_left_out(
         for reading in (SKIP, TEXT):
             try:
                 assert corpus_of(path, reading) == right
-            except CannotReadNow as caught:
+            except TransientReadError as caught:
                 assert not isinstance(caught, UserError)
-                bare = CannotReadNow(*caught.args)  # one error raised again and again has an endless traceback by now
-                assert type(pickle.loads(pickle.dumps(bare))) is CannotReadNow
+                bare = TransientReadError(
+                    *caught.args
+                )  # one error raised again and again has an endless traceback by now
+                assert type(pickle.loads(pickle.dumps(bare))) is TransientReadError
                 assert str(caught).startswith(f"a{suffix} cannot be read now ({type(error).__name__}"), caught
                 failed += 1
     assert failed >= 2
@@ -565,15 +577,15 @@ def test_a_stage_says_in_one_line_what_cannot_be_read_now(
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def test_kinds() -> None:
+def test_formats_are_recognised_by_suffix() -> None:
     assert kind_of("data/00000-A.PARQUET") == ("parquet", None)
     assert kind_of("x.jsonl.zst") == ("jsonl", "zstd") and kind_of("x.txt.gz") == ("txt", "gzip")
     for name in ("x.parquet.gz", "x.csv", "x", "x.gz"):
-        with pytest.raises(UserError, match=f"{name} is no kind of file that text is read from"):
+        with pytest.raises(UserError, match=rf"{name} .*\.parquet, \.jsonl"):
             kind_of(name)
 
 
-def test_addresses_beyond_this_machine(tmp_path: Path) -> None:
+def test_fsspec_addresses_are_read(tmp_path: Path) -> None:
     """Catches paths built with os.path where an fsspec address was given."""
     memory = fsspec.filesystem("memory")
     for name, path in (("a.parquet", write(tmp_path / "a.parquet", pa.array(WORDS))),):
@@ -586,6 +598,6 @@ def test_addresses_beyond_this_machine(tmp_path: Path) -> None:
 
 
 def test_a_unit_travels_as_json() -> None:
-    unit = Unit(path="p", name="n", kind="txt", first=0, last=9, size=9)
-    assert Unit.model_validate_json(unit.model_dump_json()) == unit
-    assert len(Batch.of([])) == 0 and np.array_equal(Batch.of([b"ab", b""]).offsets, [0, 2, 2])
+    unit = WorkUnit(path="p", name="n", kind="txt", first=0, last=9, size=9)
+    assert WorkUnit.model_validate_json(unit.model_dump_json()) == unit
+    assert len(DocumentBatch.of([])) == 0 and np.array_equal(DocumentBatch.of([b"ab", b""]).offsets, [0, 2, 2])
