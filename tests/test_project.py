@@ -1,4 +1,4 @@
-"""The project's picture of itself is true."""
+"""README, docs/, the Makefile and pyproject.toml agree with the code."""
 
 import importlib.util
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gpt2.config.recipe import load, parse_overrides
+from gpt2.config.recipe import load, load_runtime, parse_overrides
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,18 +19,30 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
 def test_readme_s_tree_shows_every_package_and_shared_module() -> None:
-    tree = re.search(r"```\n(conf/ .*?)```", README, re.DOTALL)
+    """Bug: a package that was added, moved or deleted, and the tree did not follow."""
+    tree = re.search(r"^gpt2/ .*\n((?:  .*\n)+)", README, re.MULTILINE)
     assert tree is not None
-    library = tree.group(1).split("gpt2/ ")[1].split("\nbench/")[0]
-    named = {
-        re.split(r" {2,}", line.strip())[0].rstrip("/")
-        for line in library.splitlines()[1:]
-        if line[:3] == "  " + line.strip()[:1]
-    }
-    shared = {name for entry in named for name in entry.split()}
+    columns = re.findall(r"^  (?! )(.*?)(?:   |/ )", tree.group(1), re.MULTILINE)
     packages = {path.parent.name for path in (ROOT / "gpt2").glob("*/__init__.py")}
     modules = {path.stem for path in (ROOT / "gpt2").glob("*.py")} - {"__init__"}
-    assert shared == packages | modules
+    assert {name for column in columns for name in column.split()} == packages | modules
+
+
+def test_files_named_in_documentation_exist() -> None:
+    """Bug: a module that was renamed and that README or docs/ still name."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        for name in re.findall(r"(?<![\w-])(?:bench|conf|deploy|docker|docs|flows|gpt2|tasks|tests)/[\w./-]*\w", text):
+            assert (ROOT / name).exists(), f"{page.name}: {name}"
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_readme_fits_a_reader_s_screen() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 180
+    assert [line for line in lines if len(line) > 120] == []
 
 
 def test_constraints_pin_what_the_project_names() -> None:
@@ -46,32 +58,36 @@ def test_constraints_pin_what_the_project_names() -> None:
 
 
 def commands() -> list[list[str]]:
-    """The words of every command that README shows, as a shell reads them."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    lines = [line for block in blocks if not block.startswith("conf/ ") for line in block.splitlines()]
-    lines += re.findall(r"`((?:make|python -m) [^`]*)`", README)
+    """The words of every command that README and docs/ show, as a shell reads them."""
+    text = "\n".join([README, *(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md")))])
+    blocks = re.findall(r"^```\n(.*?)^```|^((?:    \S.*\n)+)", text, re.DOTALL | re.MULTILINE)
+    lines = [line.strip() for block in blocks for line in "".join(block).splitlines()]
+    lines += re.findall(r"`((?:make|python -m) [^`]*)`", text)
+    lines = [line for line in lines if line.startswith(("make ", "python ", "prefect "))]
     return [shlex.split(line.replace("<", "").replace(">", ""), comments=True) for line in lines]
 
 
-def test_commands_of_readme_name_what_there_is() -> None:
+def test_commands_of_documentation_name_what_exists() -> None:
     """Bugs: a target, a module, a deployment or a field that was renamed; an override that the shell takes apart."""
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     deployments = {each["name"] for each in yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]}
-    seen = set()
+    programs = set()
     for words in commands():
-        seen.add(words[0])
+        programs.add(words[0])
         if words[0] == "make":
             assert words[1] in targets, words
             given = dict(word.partition("=")[::2] for word in words[2:])
             if words[1] in ("reproduce", "plan", "baseline"):  # make hands ARGS to a shell
                 overrides = parse_overrides(shlex.split(given.get("ARGS", "")))
-                load(given["CONF"], {key: value for key, value in overrides.items() if not key.startswith("runtime.")})
-        elif "-m" in words:
+                recipe = {key: value for key, value in overrides.items() if not key.startswith("runtime.")}
+                load(given["CONF"], recipe)
+                load_runtime(None, {key: value for key, value in overrides.items() if key not in recipe})
+        elif words[0] == "python":
             for name in (words[i + 1] for i, word in enumerate(words) if word == "-m"):
                 assert importlib.util.find_spec(name) is not None, name
-        elif words[:3] == ["prefect", "deployment", "run"]:
-            assert words[3].partition("/")[2] in deployments, words
-    assert {"make", "python", "prefect"} <= seen
+        else:
+            assert words[:3] == ["prefect", "deployment", "run"] and words[3].partition("/")[2] in deployments, words
+    assert programs == {"make", "python", "prefect"}
 
 
 PROMPT = '`touch pwned` $HOME $(x) $$ "q" it\'s; #'
