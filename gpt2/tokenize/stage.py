@@ -20,6 +20,7 @@ from gpt2.errors import UserError
 from gpt2.machine import cpu_count
 from gpt2.shards import TOKEN
 from gpt2.stage.directory import StageDir
+from gpt2.stage.facts import DownloadFacts, ShardEntry, Skipped, TokenizeFacts
 from gpt2.stage.integrity import Unchanged
 from gpt2.stage.manifest import Manifest, canonical
 from gpt2.stage.metrics import MetricsWriter
