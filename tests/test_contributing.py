@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.stage.manifest import BenchmarkFacts, DownloadFacts, Facts, Manifest, read_model
+from gpt2.stage.facts import BenchmarkFacts, DownloadFacts, Facts
+from gpt2.stage.manifest import Manifest, read_model
 from gpt2.tokenizer import gpt2_encoding
 
 ROOT = Path(__file__).parents[1]

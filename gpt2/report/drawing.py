@@ -1,7 +1,7 @@
-"""How the plots of a report look: their colours, type and axes, their labels, and their files.
+"""Style, axes, labels and files of the plots.
 
-A figure is drawn once, in the colours of a light page, and written twice: as PNG, and as SVG whose colours the page
-can turn into its own (`COLOURS` says which colour is called what). Nothing here touches pyplot or its global state.
+A figure is drawn once in light colours and written twice: as PNG, and as SVG with colours as CSS variables (`COLOURS`).
+pyplot and its global state are not used.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +18,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from gpt2.report.format import short
+from gpt2.report.format import fixed, short
 from gpt2.report.run import Curve, Run
 
 OURS, INK, MUTED, GRID = "#1d5fd1", "#1b1f25", "#5f6975", "#e2e5e9"
 PUBLISHED = ("#b8500f", "#23824f", "#7a48c4", "#a3296f", "#0f7f8c")
-"""in the order of the configuration's `published`, in every plot"""
-COLOURS = {
-    "ours": OURS,
-    "ink": INK,
-    "muted": MUTED,
-    "grid": GRID,
-    **{f"published-{index}": colour for index, colour in enumerate(PUBLISHED)},
-}
+"""in the order of the configuration's `published`"""
+COLOURS = {"ours": OURS, "ink": INK, "muted": MUTED, "grid": GRID}
+COLOURS |= {f"published-{index}": colour for index, colour in enumerate(PUBLISHED)}
 STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys one by one
     "font.family": "DejaVu Sans",
     "font.size": 9,
@@ -41,7 +36,6 @@ STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys one by one
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "axes.axisbelow": True,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "xtick.color": MUTED,
@@ -49,19 +43,18 @@ STYLE: dict[Any, Any] = {  # Any: matplotlib types its keys one by one
     "xtick.major.size": 3,
     "ytick.major.size": 0,
     "text.parse_math": False,  # a name may hold a dollar sign
-    "svg.fonttype": "none",  # text stays text: it can be searched, copied and read aloud
-    "svg.hashsalt": "report",  # the same run draws the same bytes
+    "path.simplify_threshold": 1.0,  # pixels; bounds the size of an SVG for any number of points, and keeps spikes
+    "svg.fonttype": "none",  # text stays searchable
+    "svg.hashsalt": "report",  # same run, same bytes
 }
-WIDTH, HEIGHT = 5.4, 3.3  # inches; narrow, so that letters stay readable on a phone
-BESIDE = 0.755  # right end of axes that have labels beside them
-FEW = 40  # so many points or fewer are marked one by one
-POINTS = 1000  # about what a plot can show; longer curves are thinned to it
+WIDTH, HEIGHT = 5.4, 3.3  # inches; narrow, for readable text on a phone
+LABELLED_RIGHT = 0.755  # right end of axes with labels at the right
+FEW = 40  # up to this many points have markers
 
 
 @dataclass(frozen=True)
 class Plot:
-    name: str
-    """plots/<name>.png"""
+    name: str  # of plots/<name>.png
     title: str
     caption: str
     figure: Figure
@@ -69,7 +62,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Level:
-    """A horizontal line to compare with, labelled at its right end."""
+    """A horizontal line, labelled at its right end."""
 
     value: float
     label: str
@@ -88,44 +81,37 @@ def finished(name: str, title: str, caption: str, figure: Figure, first: Axes) -
     return Plot(name, title, caption, figure)
 
 
-def points_of(curve: Curve) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    return curve.steps, curve.values
-
-
 def tokens_of(run: Run, curve: Curve) -> list[int]:
     return [run.tokens_at(step) for step in curve.steps]
 
 
-def draw_line(
-    axes: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, *, alpha: float = 1, width: float = 1.7
-) -> None:
-    marked = len(xs) <= FEW and alpha == 1
-    axes.plot(
-        *thin(xs, ys), color=colour, alpha=alpha, linewidth=width, solid_capstyle="round", solid_joinstyle="round",
-        marker="o" if marked or len(xs) == 1 else None, markersize=3.2,
-    )  # fmt: skip
+def draw_line(axes: Axes, xs: Sequence[float], ys: Sequence[float], colour: str, **style: Any) -> None:
+    """A line with round joins; markers where it has few points."""
+    marked = len(xs) <= FEW and "alpha" not in style
+    style = {"linewidth": 1.7, "solid_capstyle": "round", "solid_joinstyle": "round", "markersize": 3.2, **style}
+    axes.plot(xs, ys, color=colour, marker="o" if marked or len(xs) == 1 else None, **style)
 
 
 def token_axis(axes: Axes, run: Run) -> None:
     axes.set_xlim(0, run.train_facts.tokens)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
-    axes.set_xlabel("tokens trained on")
-    axes.grid(axis="x", visible=False)
+    _x_axis(axes, "training tokens", short)
 
 
 def step_axis(axes: Axes) -> None:
     axes.set_xlim(left=0)
     axes.margins(x=0.01)
+    _x_axis(axes, "optimizer steps", fixed)
+
+
+def _x_axis(axes: Axes, label: str, show: Callable[[float], str]) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.set_xlabel("optimizer steps")
-    for each in axes.figure.axes:
-        each.grid(axis="x", visible=False)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
+    axes.set_xlabel(label)
+    axes.grid(axis="x", visible=False)
 
 
 def log_scale(axes: Axes) -> None:
-    """Logarithmic, with round numbers at its lines: 0.1, 0.2, 0.5, 1, 2, 5 ..."""
+    """Logarithmic, with ticks at 0.1, 0.2, 0.5, 1, 2, 5 ..."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -133,7 +119,7 @@ def log_scale(axes: Axes) -> None:
 
 
 def draw_levels(axes: Axes, levels: list[Level], ours: Level) -> None:
-    """Draw the lines to compare with, and label them and our curve's end at the right, none over another."""
+    """Draws the lines, and labels them and the end of this run's curve at the right without overlap."""
     for level in levels:
         axes.axhline(level.value, color=level.colour, linewidth=1.1, dashes=(4, 3), zorder=1.5)
     labelled = sorted([*levels, ours], key=lambda level: level.value)
@@ -152,9 +138,19 @@ def draw_levels(axes: Axes, levels: list[Level], ours: Level) -> None:
         )  # fmt: skip
 
 
+def label_at_right(axes: Axes, y: float, text: str, colour: str) -> None:
+    """Writes `text` above the height `y`, at the right end of the axes."""
+    at: dict[str, Any] = {
+        "xycoords": ("axes fraction", "data"),
+        "textcoords": "offset points",
+        "ha": "right",
+        "va": "bottom",
+    }
+    axes.annotate(text, (1, y), (-2, 3), color=colour, **at)
+
+
 def spread(centres: Sequence[float], heights: Sequence[float], gap: float = 0.02) -> list[float]:
-    """Move boxes, given from the lowest to the highest, as little as needed for none to overlap and all to lie in
-    [0, 1], where they fit at all."""
+    """Moves boxes, sorted by centre, so that they do not overlap and lie in [0, 1] if they fit."""
     placed: list[float] = []
     for centre, height in zip(centres, heights, strict=True):
         floor = placed[-1] + heights[len(placed) - 1] / 2 + gap if placed else 0.0
@@ -166,21 +162,8 @@ def spread(centres: Sequence[float], heights: Sequence[float], gap: float = 0.02
     return placed
 
 
-def thin(xs: Sequence[float], ys: Sequence[float], points: int = POINTS) -> tuple[list[float], list[float]]:
-    """At most about `points` of the points: the lowest and the highest of each stretch, so that no spike is lost."""
-    if len(xs) <= points:
-        return list(xs), list(ys)
-    stretch = -(-2 * len(xs) // points)
-    kept: set[int] = {0, len(xs) - 1}
-    for start in range(0, len(xs), stretch):
-        indices = range(start, min(start + stretch, len(xs)))
-        kept.add(min(indices, key=ys.__getitem__))
-        kept.add(max(indices, key=ys.__getitem__))
-    return [xs[i] for i in sorted(kept)], [ys[i] for i in sorted(kept)]
-
-
 def png(plot: Plot) -> bytes:
-    """The plot on white, 2 pixels a point of a page."""
+    """The plot on white, 200 pixels per inch."""
     buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
         plot.figure.savefig(buffer, format="png", dpi=200, facecolor="white")
@@ -188,8 +171,8 @@ def png(plot: Plot) -> bytes:
 
 
 def svg(plot: Plot) -> str:
-    """The plot as an <svg> element for the inside of a page: no background, identifiers that are its own, the page's
-    type, and colours as CSS variables named after `COLOURS`."""
+    """The plot as an <svg> element: transparent, with unique identifiers, the page's font and colours as CSS variables
+    named after `COLOURS`."""
     buffer = io.StringIO()
     with matplotlib.rc_context(STYLE):
         plot.figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})

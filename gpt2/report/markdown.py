@@ -1,94 +1,100 @@
-"""A report as Markdown, with its plots as files beside it."""
+"""report.md: the template report.md.jinja, in which every value is escaped unless it already is `Markdown`.
+
+Sample texts come from a model and names from a configuration; neither can add markup, end a fence or a table cell, or
+insert characters that change the layout around them.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
 
-from gpt2.report.document import (
-    Block,
-    Code,
-    Document,
-    Gallery,
-    Listing,
-    Paragraph,
-    Passage,
-    Points,
-    Table,
-    Text,
-    parts,
-)
-from gpt2.report.text import visible
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-_MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
+# control characters, lone surrogates, direction overrides, line separators and non-characters
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff\u2028\u2029]")
+# an underscore between letters or digits is no markup; an ampersand only begins an entity before a name and a semicolon
+_MARKUP = re.compile(r"[\\`*\[\]<>|#~]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+_LIST_ITEM = re.compile(r"^(\d*)([-+.)])(?=\s|$)")
 
 
-def render(document: Document, pictures: Mapping[str, str]) -> str:
-    """The whole page.
+class Markdown(str):
+    """Text that a template inserts without escaping it."""
+
+
+def visible(text: str) -> str:
+    """Replaces control characters with their pictures (U+2400 and on) and other unshowable characters with U+FFFD.
+
+    Line ends become newlines; tabs stay.
+    """
+    return _UNSHOWABLE.sub(_picture, text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _picture(match: re.Match[str]) -> str:
+    code_point = ord(match.group())
+    return chr(0x2400 + code_point) if code_point < 0x20 else "\N{REPLACEMENT CHARACTER}"
+
+
+def escape(value: Any) -> Markdown:
+    """Escapes Markdown's special characters, joins lines and strips spaces; `Markdown` stays as it is."""
+    if isinstance(value, Markdown):
+        return value
+    return Markdown(_LIST_ITEM.sub(r"\1\\\2", _MARKUP.sub(r"\\\g<0>", _one_line(str(value)))))
+
+
+def code(text: str) -> Markdown:
+    """Inline code. Text in a table must not contain `|`."""
+    line = _one_line(text)
+    ticks = "`" * (1 + _longest_run(line))
+    space = " " if line.startswith("`") or line.endswith("`") else ""
+    return Markdown(f"{ticks}{space}{line}{space}{ticks}")
+
+
+def codes(texts: Iterable[str]) -> Markdown:
+    return Markdown(", ".join(code(text) for text in texts))
+
+
+def fence(text: str, language: str = "text") -> Markdown:
+    """A code block."""
+    ticks = "`" * max(3, 1 + _longest_run(text))
+    return Markdown(f"{ticks}{language}\n{visible(text)}\n{ticks}")
+
+
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False, strong: int | None = None
+) -> Markdown:
+    """A table.
 
     Args:
-        pictures: name of a plot -> its path, relative to the page.
+        numbers: aligns the columns after the first to the right.
+        strong: index of the column in bold.
     """
-    lines = [f"# {_inline(document.title)}", "", _inline(document.subtitle), ""]
-    tiles = Table(["", "", ""], [[tile.label, tile.value, tile.beside] for tile in document.tiles], strong=1)
-    lines += [*_table(tiles), "", _inline(document.lead), ""]
-    for chapter in document.chapters:
-        lines += [f"## {_inline(chapter.title)}", ""]
-        for block in chapter.blocks:
-            lines += [*_block(block, pictures), ""]
-    return "\n".join(lines).rstrip("\n") + "\n"
+    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
+    lines: list[Iterable[str]] = [map(escape, head), rule]
+    for row in rows:
+        cells = enumerate(map(escape, row))
+        lines.append(f"**{cell}**" if index == strong and cell else cell for index, cell in cells)
+    return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def _block(block: Block, pictures: Mapping[str, str]) -> list[str]:
-    match block:
-        case Paragraph():
-            return [_inline(block.text)]
-        case Points():
-            return [f"- {_inline(item)}" for item in block.items]
-        case Table():
-            return _table(block)
-        case Listing():
-            folded = [f"{block.folded}:", ""] if block.folded else []
-            return [*folded, *_fenced(block.text.rstrip("\n"))]
-        case Passage():
-            prompt = f", after {_code(block.prompt)}" if block.prompt else ""
-            return [f"**{_inline(block.heading)}**{prompt}", "", *_fenced(block.text)]
-        case Gallery():
-            lines: list[str] = []
-            for picture in block.pictures:
-                lines += [f"![{_inline(picture.title)}]({pictures[picture.name]})", "", _inline(picture.caption), ""]
-            return lines[:-1]
+def render(name: str, modules: Iterable[ModuleType], **values: Any) -> str:
+    """Renders a template of this package, which may call the functions of this module and of `modules`."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, finalize=escape,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    for module in modules:
+        environment.globals.update(vars(module))
+    environment.globals.update(code=code, fence=fence, table=table)
+    return environment.get_template(name).render(values)
 
 
-def _table(table: Table) -> list[str]:
-    width = len(table.head)
-    rule = ["---:" if table.numbers and column else "---" for column in range(width)]
-    lines = ["| " + " | ".join(_inline(cell) for cell in table.head) + " |", "|" + "|".join(rule) + "|"]
-    for row in table.rows:
-        cells = [_inline(cell) for cell in row]
-        if table.strong is not None and cells[table.strong]:
-            cells[table.strong] = f"**{cells[table.strong]}**"
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+def _one_line(text: str) -> str:
+    return re.sub("[ \t\n]+", " ", visible(text)).strip(" ")
 
 
-def _inline(text: Text) -> str:
-    return "".join(_code(part) if isinstance(part, Code) else _escaped(part) for part in parts(text))
-
-
-def _escaped(text: str) -> str:
-    return _MARKUP.sub(r"\\\1", " ".join(visible(text).split("\n")))
-
-
-def _code(text: str) -> str:
-    """Inline code; more backticks around it than it holds. A bar would end a table's cell even here."""
-    shown = " ".join(visible(text).split("\n")).replace("|", "\\|")
-    ticks = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    space = " " if shown.startswith("`") or shown.endswith("`") else ""
-    return f"{ticks}{space}{shown}{space}{ticks}"
-
-
-def _fenced(text: str) -> list[str]:
-    shown = visible(text)
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", shown)), default=0))
-    return [f"{fence}text", *shown.split("\n"), fence]
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)

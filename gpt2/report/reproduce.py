@@ -1,4 +1,4 @@
-"""How to have the same run again: the configuration behind its addresses, and the command that asks for it."""
+"""Reproduction of a run: its complete configuration, and the command with its overrides."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ BENCHMARK: TypeAdapter[BenchmarkConfig] = TypeAdapter(BenchmarkConfig)
 
 
 def configuration(run: Run) -> dict[str, Any]:
-    """What the run was asked, as a conf/<name>.yaml holds it. What no stage was asked is as in the recipe: benchmarks
-    that were not scored, and which of them are optional."""
+    """The run's configuration as in conf/<name>.yaml.
+
+    Benchmarks that were not scored and the fields `optional` come from the recipe.
+    """
     benchmarks: dict[str, Any] = run.recipe.model_dump(mode="json")["benchmarks"] if run.recipe else {}
     for name in run.benchmarks:
         request = run.stage(f"benchmark-{name}").request
         section = dict(request.config)
         if "source" in section:
             section["source"] = _source(request)
-        # the request leaves some defaults out, which the recipe's values must not fill
+        # adds defaults that the request omits, so that the recipe's values do not replace them
         section = BENCHMARK.validate_python(section).model_dump(mode="json", exclude={"optional"})
         benchmarks[name] = {**benchmarks.get(name, {}), **section}
     return {
@@ -52,35 +54,35 @@ def _harness(run: Run) -> dict[str, Any]:
 
 
 def departures(run: Run) -> dict[str, Any]:
-    """Dotted field -> value, wherever the run was asked something else than its recipe says; empty without a recipe."""
+    """Dotted field -> value where the run differs from its recipe; empty without a recipe."""
     return dict(differences(run.recipe.model_dump(mode="json"), configuration(run))) if run.recipe else {}
 
 
 def command(run: Run) -> str:
-    """Lines for a shell at the root of the repository."""
+    """Shell commands for the root of the repository."""
     provenance = run.stage("train").provenance
     lines = []
     if provenance is not None and provenance.commit is not None:
         lines.append(f"git checkout {provenance.commit.removesuffix('+')}")
     if run.recipe is None:
         lines.append(f"make reproduce CONF={run.report.name}.yaml   # the configuration below, saved under this name")
-    elif changed := departures(run):
+    elif departed := departures(run):
         lines.append("make install")
-        given = [shlex.quote(f"{field}={_yaml_value(value)}") for field, value in changed.items()]
-        lines.append(" \\\n    ".join([f".venv/bin/python -m flows.reproduce {run.report.name}", *given]))
+        overrides = [shlex.quote(f"{field}={_yaml_value(value)}") for field, value in departed.items()]
+        lines.append(" \\\n    ".join([f".venv/bin/python -m flows.reproduce {run.report.name}", *overrides]))
     else:
         lines.append("make demo" if run.report.name == "demo" else f"make reproduce CONF={run.report.name}")
     return "\n".join(lines)
 
 
 def _source(request: Request) -> dict[str, Any]:
-    """A source as a configuration says it: the identity has hashes where a configuration has paths."""
+    """A source as in a configuration; the request's identity has hashes instead of paths."""
     source: dict[str, Any] = request.hints["source"]["source"]
     return source
 
 
 def differences(recipe: Any, run: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, value) wherever `run` differs from `recipe`."""
+    """(dotted field, value) where `run` differs from `recipe`."""
     both = isinstance(recipe, dict) and isinstance(run, dict)
     if both and recipe.get("kind") == run.get("kind"):
         for key in run:

@@ -1,7 +1,4 @@
-"""What a report is about: one run, gathered from the directories of its stages.
-
-Nothing is measured here. Facts come from manifests, curves from metrics.jsonl, and what was asked from request.json.
-"""
+"""Reads a run from the directories of its stages: manifests, requests and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2.config.recipe import load
 from gpt2.config.run import EvaluateConfig, Published, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
@@ -31,21 +28,20 @@ SAMPLES, ANOMALIES = "samples.jsonl", "anomalies.jsonl"
 
 
 class ReportRequest(ReportConfig):
-    """The report stage's section of the configuration: the recipe's name and its report section."""
+    """Config of the report stage: the recipe's name and its report section."""
 
     name: str
 
 
 class Measured(Published):
-    """A baseline: somebody else's model, measured as ours is."""
+    """A baseline: another model, evaluated like this run."""
 
-    scores: dict[str, Score] = {}
-    """by benchmark"""
+    scores: dict[str, Score] = {}  # by benchmark
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One finished stage: what it was asked, what it made, where it ran."""
+    """One finished stage."""
 
     label: str
     request: Request
@@ -54,21 +50,20 @@ class StageRecord:
 
     @property
     def bytes(self) -> int:
-        """Of the files its manifest lists."""
+        """Total size of the files in the manifest."""
         return sum(entry.size for entry in self.manifest.files)
 
     @property
     def seconds(self) -> float | None:
-        """Wall time of the session that finished it."""
+        """Wall time of the last session."""
         return self.provenance.ended - self.provenance.started if self.provenance else None
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A metric over training; only finite values, in the order of steps."""
+class Curve(NamedTuple):
+    """A metric over training: finite values, sorted by step."""
 
-    steps: tuple[int, ...]
-    values: tuple[float, ...]
+    steps: tuple[int, ...] = ()
+    values: tuple[float, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.steps)
@@ -76,18 +71,16 @@ class Curve:
 
 @dataclass
 class Curves:
-    """Every metric of a metrics.jsonl by name."""
+    """The metrics of metrics.jsonl by name."""
 
     by_name: dict[str, Curve] = field(default_factory=dict)
-    nonfinite: dict[str, int] = field(default_factory=dict)
-    """name -> number of steps whose value was NaN or infinite"""
+    nonfinite: dict[str, int] = field(default_factory=dict)  # name -> number of steps with NaN or infinity
 
     def __getitem__(self, name: str) -> Curve:
-        return self.by_name.get(name, Curve((), ()))
+        return self.by_name.get(name, Curve())
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     step: int
     prompt: str
     text: str
@@ -95,12 +88,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Run:
-    """Everything a report says something about."""
+    """Everything that a report shows."""
 
     address: str
     report: ReportRequest
-    stages: tuple[StageRecord, ...]
-    """download, tokenize, benchmarks, train, evaluate"""
+    stages: tuple[StageRecord, ...]  # download, tokenize, benchmarks, train, evaluate[, harness]
     train: TrainConfig
     train_facts: TrainFacts
     tokenize: TokenizeConfig
@@ -112,48 +104,43 @@ class Run:
     curves: Curves
     samples: tuple[Sample, ...]
     anomalies: tuple[dict[str, Any], ...]
-    measured: tuple[Measured, ...] = ()
-    """baselines, evaluated by the same code on the same shard and benchmarks"""
+    measured: tuple[Measured, ...] = ()  # baselines, evaluated on the same shard and benchmarks
     harness: HarnessFacts | None = None
-    """what lm-evaluation-harness itself measured, where it was asked for"""
-    without_harness: str | None = None
-    """why it could not be run, though it was asked for"""
-    recipe: RunConfig | None = None
-    """what conf/ holds under the run's name now; None where it holds nothing"""
+    without_harness: str | None = None  # why a requested harness stage did not run
+    recipe: RunConfig | None = None  # the current recipe of the run's name, None without one
 
     def stage(self, label: str) -> StageRecord:
         return next(stage for stage in self.stages if stage.label == label)
 
     @property
     def published(self) -> tuple[Published, ...]:
-        """Other people's figures: those measured here first, then those only quoted."""
+        """Figures of other models: measured ones first, then published ones."""
         return (*self.measured, *self.report.published)
 
     @property
     def device(self) -> str:
-        """What trained, in words."""
+        """The devices of all training sessions."""
         return self.train_facts.device if self.gpu_hours is not None else "the CPU"
 
     @property
     def hours(self) -> float:
-        """Wall time of training over all its sessions, everything counted."""
+        """Wall time of all training sessions."""
         return self.train_facts.total_seconds / 3600
 
     @property
     def gpu_hours(self) -> float | None:
-        """Summed over sessions; None where only CPUs trained."""
+        """Summed over sessions; None on CPUs."""
         return self.train_facts.gpu_seconds / 3600 or None
 
     @property
     def dollars(self) -> float | None:
-        """None where there is no price or no GPU to pay for."""
+        """None without a price or GPUs."""
         if self.gpu_hours is None or not self.report.dollars_per_gpu_hour:
             return None
         return self.gpu_hours * self.report.dollars_per_gpu_hour
 
     @property
     def flops(self) -> float:
-        """Of the whole training, by the formula behind `flops_per_token`."""
         return self.train_facts.tokens * self.train_facts.flops_per_token
 
     @property
@@ -161,15 +148,15 @@ class Run:
         return self.train_facts.tokens / self.tokenize_facts.train_tokens
 
     def tokens_at(self, step: int) -> int:
-        """Tokens trained on after `step` optimizer steps: the batch never changes its size."""
+        """Tokens trained on after `step` steps; the batch size is constant."""
         return step * self.train.total_batch_size
 
 
 def gather(directory: StageDir) -> Run:
-    """Read the run whose report `directory` is to hold.
+    """Reads the run of a report stage.
 
     Raises:
-        UserError: an input stage is not finished, or a record is not what this version writes.
+        UserError: an input stage is not finished, or a record has an unknown format.
     """
     shards, model, scores = (directory.input(role) for role in ("shards", "model", "scores"))
     corpus = shards.input("corpus")
@@ -213,7 +200,7 @@ def _measured(name: str, stage: StageDir) -> Measured:
     facts = stage.facts(EvaluateFacts)
     return Measured(
         name=f"{name} (measured)",
-        source=f"evaluated here by the same code on the same shard and benchmarks, {stage.request.address}",
+        source=f"evaluated by this project on the same shard and benchmarks, {stage.request.address}",
         val_loss=facts.val_loss,
         scores=facts.scores,
     )
@@ -227,28 +214,27 @@ def _recipe(name: str) -> RunConfig | None:
 
 
 def _benchmarks(model: StageDir, scores: StageDir) -> dict[str, StageDir]:
-    """Name -> benchmark stage: those evaluated, and the one scored while training where it is another."""
+    """Name -> benchmark stage of the evaluation and of the training."""
     roles = [role for role in scores.request.inputs if role.startswith("benchmark:")]
-    found = {role.removeprefix("benchmark:"): scores.input(role) for role in roles}
-    while_training = model.config(TrainConfig).benchmark
-    if while_training is not None:
-        found.setdefault(while_training, model.input("benchmark"))
-    return found
+    benchmarks = {role.removeprefix("benchmark:"): scores.input(role) for role in roles}
+    during_training = model.config(TrainConfig).benchmark
+    if during_training is not None:
+        benchmarks.setdefault(during_training, model.input("benchmark"))
+    return benchmarks
 
 
 def _record(label: str, stage: StageDir) -> StageRecord:
     manifest = stage.manifest
-    assert manifest is not None  # StageDir.input only gives finished stages
+    assert manifest is not None  # StageDir.input returns finished stages only
     path = stage.path / PROVENANCE
     provenance = read_model(path, Provenance) if path.exists() else None
     return StageRecord(label=label, request=stage.request, manifest=manifest, provenance=provenance)
 
 
 def read_curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
-    """Sort the lines of a metrics.jsonl into curves.
+    """Converts the lines of metrics.jsonl into curves.
 
-    A step that stands there twice (a run that was killed and went on before its file was cut) counts as it was last
-    written. Values that are not finite (NaN, infinite, or null) are left out of the curve and counted.
+    The last line of a repeated step counts: a killed run repeats steps. NaN, infinity and null are excluded.
     """
     points: dict[str, dict[int, float]] = {}
     for line in lines:
@@ -257,15 +243,15 @@ def read_curves(lines: Iterable[Mapping[str, Any]]) -> Curves:
                 points.setdefault(name, {})[line["step"]] = math.nan if value is None else value
     curves = Curves()
     for name, by_step in points.items():
-        finite = sorted((step, value) for step, value in by_step.items() if math.isfinite(value))
-        curves.by_name[name] = Curve(tuple(step for step, _ in finite), tuple(value for _, value in finite))
+        finite = {step: by_step[step] for step in sorted(by_step) if math.isfinite(by_step[step])}
+        curves.by_name[name] = Curve(tuple(finite), tuple(finite.values()))
         if len(finite) < len(by_step):
             curves.nonfinite[name] = len(by_step) - len(finite)
     return curves
 
 
 def read_samples(path: Path) -> tuple[Sample, ...]:
-    """The text samples of a run by step; of one that a resumed run wrote again, the last counts."""
+    """The samples of a run, sorted by step; the last of a repeated step and prompt counts."""
     samples = {}
     for line in read_metrics(path):
         sample = Sample(line["step"], line["prompt"], line["text"])

@@ -1,14 +1,13 @@
-"""The report stage: what came out of a run, for people. `python -m gpt2.report DIRECTORY`
+"""The report stage. `python -m gpt2.report DIRECTORY`
 
-Reads the directories of the earlier stages and writes report.html (one file that needs nothing else), report.md and
-plots/*.png. Computes nothing new about the model; numbers come from the manifests' facts.
+Reads the directories of the earlier stages and writes report.md, report.html (self-contained) and plots/*.png.
 """
 
 from __future__ import annotations
 
 from gpt2.atomic import atomic_write, write_text
-from gpt2.report import html, markdown
-from gpt2.report.content import document, headline
+from gpt2.config import strict_yaml
+from gpt2.report import benchmarks, compare, format, headline, markdown, page, reproduce, sections
 from gpt2.report.drawing import png, svg
 from gpt2.report.plots import draw
 from gpt2.report.run import gather
@@ -23,17 +22,14 @@ def report(directory: StageDir) -> None:
         UserError: an input stage is not finished.
     """
     run = gather(directory)
-    plots = draw(run)
-    pictures = {plot.name: f"plots/{plot.name}.png" for plot in plots}
-    for plot in plots:
-        _write_bytes(directory, pictures[plot.name], png(plot))
-    page = document(run, plots)
-    write_text(directory.path / "report.md", markdown.render(page, pictures))
-    write_text(directory.path / "report.html", html.render(page, {plot.name: svg(plot) for plot in plots}))
-    directory.finish(["report.md", "report.html", *pictures.values()], ReportFacts(headline=headline(run)))
+    plots = {f"plots/{plot.name}.png": plot for plot in draw(run)}
+    for path, plot in plots.items():
+        with atomic_write(directory.path / path) as file:
+            file.write(png(plot))
+    modules = (format, benchmarks, compare, headline, sections, reproduce)
+    text = markdown.render("report.md.jinja", modules, run=run, plots=plots, yaml=strict_yaml.dump)
+    html = page.render(text, run.report.title, {path: svg(plot) for path, plot in plots.items()})
+    write_text(directory.path / "report.md", text)
+    write_text(directory.path / "report.html", html)
+    directory.finish(["report.md", "report.html", *plots], ReportFacts(headline=headline.headline(run)))
     print(f"report: {directory.path / 'report.html'}", flush=True)
-
-
-def _write_bytes(directory: StageDir, name: str, data: bytes) -> None:
-    with atomic_write(directory.path / name) as file:
-        file.write(data)

@@ -54,12 +54,12 @@ def test_measured_once_and_drawn_in_the_report(tmp_path: Path, monkeypatch: pyte
     run(path, store)
     markdown = (store / planned(path, store).report.address / "report.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
-    (head,) = (row for row in rows if row[:2] == ["", "asked"])
+    (head,) = (row for row in rows if row[:2] == ["", "target"])
     theirs = {row[0]: row[head.index("theirs (measured)")] for row in rows if len(row) == len(head)}
     score = facts.scores["continuation"]
-    assert theirs["validation loss (nats a token)"] == f"{facts.val_loss:.4f}"
+    assert theirs["validation loss (nats per token)"] == f"{facts.val_loss:.4f}"
     assert theirs["Continuation acc"] == f"{score.acc:.4f}"
-    assert theirs["Continuation acc\\_norm"] == f"{score.acc_norm:.4f}"
+    assert theirs["Continuation acc_norm"] == f"{score.acc_norm:.4f}"
 
 
 def test_a_run_that_mlflow_lost_half_way_is_gone_on_with(
