@@ -21,18 +21,19 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2.benchmark.prepared import Examples, load
+from gpt2.benchmark.examples import Examples, load
 from gpt2.benchmark.stage import prepare_files
 from gpt2.console import command
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.errors import UserError
-from gpt2.evaluate.multiple_choice import Sums, sequence_sums
+from gpt2.evaluate.sequence_losses import SequenceLosses, sequence_losses
 from gpt2.harness.lm_eval import Sample, choices, run_harness
 from gpt2.model.load import load_any, pick_device
 
 ROUNDING = 1e-4
 """relative: two sums of an ending's fp32 losses that differ by less may come out in either order"""
 ENDS = 4
+Scored = tuple[Examples, SequenceLosses]
 
 
 class Line(NamedTuple):
@@ -52,7 +53,9 @@ class Line(NamedTuple):
     """they differ; empty where they must not"""
 
 
-def compare(ours: tuple[Examples, Sums], llmc: tuple[Examples, Sums], theirs: Sequence[Sample]) -> list[Line]:
+def compare(
+    ours: tuple[Examples, SequenceLosses], llmc: tuple[Examples, SequenceLosses], theirs: Sequence[Sample]
+) -> list[Line]:
     """The table.
 
     Args:
@@ -71,7 +74,7 @@ def compare(ours: tuple[Examples, Sums], llmc: tuple[Examples, Sums], theirs: Se
         if ((costs.argmin(1) == labels) != right).any():
             raise UserError(f"lm-evaluation-harness's {metric} is not what its log says: another version?")
 
-    def line(name: str, metric: str, of: tuple[Examples, Sums], by: NDArray[np.integer] | None, why: str) -> Line:
+    def line(name: str, metric: str, of: Scored, by: NDArray[np.integer] | None, why: str) -> Line:
         examples, sums = of
         costs = (sums.losses if by is None else sums.losses / by).reshape(-1, ENDS)
         mine, other = costs.argmin(1), references[metric].argmin(1)
@@ -131,7 +134,7 @@ def agreement(model: Path, hellaswag: Path, limit: int | None = None, device: st
         for prompt in ("harness", "llm.c"):
             prepare_files("hellaswag", prompt, [hellaswag], Path(scratch) / prompt, limit)
             examples = load(Path(scratch) / prompt)
-            measured[prompt] = examples, sequence_sums(weights, examples, world, 4096)
+            measured[prompt] = examples, sequence_losses(weights, examples, world, 4096)
     return compare(measured["harness"], measured["llm.c"], theirs)
 
 

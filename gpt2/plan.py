@@ -140,17 +140,17 @@ def harness_request(config: HarnessConfig, train: Request, store: Path, verify: 
         ) from None
     section, hints = config.identity() | {"version": version}, {}
     if config.data:
-        places = {task: str(Path(path).expanduser().absolute()) for task, path in config.data.items()}
-        paths = sorted(set(places.values()))
+        paths_by_task = {task: str(Path(path).expanduser().absolute()) for task, path in config.data.items()}
+        paths = sorted(set(paths_by_task.values()))
         section["source"], hints["source"] = identify(
             LocalFiles(paths=tuple(paths)), store, HARNESS_FORMATS, verify=verify
         )
-        section["data"] = {task: paths.index(place) for task, place in places.items()}
+        section["data"] = {task: paths.index(path) for task, path in paths_by_task.items()}
     return _request("harness", section, {"model": train.address}, hints)
 
 
 class BaselinePlan(Section):
-    """The requests of measuring somebody else's model as a recipe's own is: same shard, same benchmarks."""
+    """Requests to evaluate a published model on the shard and benchmarks of a recipe."""
 
     download: Request
     tokenize: Request
@@ -184,7 +184,7 @@ def plan_baseline(
         tokenize=ours.tokenize,
         benchmarks={n: r for n, r in ours.benchmarks.items() if n in config.evaluate.benchmarks},
         pretrained=pretrained,
-        evaluate=_of(pretrained, ours.evaluate),
+        evaluate=_with_model(pretrained, ours.evaluate),
     )
 
 
@@ -202,8 +202,8 @@ def _pretrained(source: ModelSource, store: Path, verify: bool = False) -> Reque
     return _request("pretrained", {"source": identity}, hints={"source": hints})
 
 
-def _of(model: Request, evaluate: Request) -> Request:
-    """The same evaluation, of another model."""
+def _with_model(model: Request, evaluate: Request) -> Request:
+    """The same evaluation of another model."""
     return evaluate.model_copy(update={"inputs": evaluate.inputs | {"model": model.address}})
 
 
@@ -212,7 +212,7 @@ def _measured_baselines(config: RunConfig, evaluate: Request, store: Path) -> di
     found = {}
     for name, source in config.baselines.items():
         with suppress(UserError):  # a folder that is gone was measured by nobody, or its figures are another folder's
-            address = _of(_pretrained(source, store), evaluate).address
+            address = _with_model(_pretrained(source, store), evaluate).address
             if is_finished(store / address):
                 found[f"baseline:{name}"] = address
     return found
@@ -223,13 +223,13 @@ def _with_weights(train: TrainConfig, store: Path, verify: bool) -> TrainConfig:
     if train.init_from is None:
         return train
     check_architecture(train.init_from, train.model)
-    found = identify_weights(train.init_from, store, verify=verify)
-    if train.init_sha256 not in (None, found):
+    sha256 = identify_weights(train.init_from, store, verify=verify)
+    if train.init_sha256 not in (None, sha256):
         raise UserError(
-            f"train.init_from: {train.init_from} has the sha256 {found}, train.init_sha256 says {train.init_sha256}: "
-            f"get the weights that were meant, or drop init_sha256"
+            f"train.init_from: {train.init_from} has the sha256 {sha256}, train.init_sha256 says {train.init_sha256}: "
+            f"use those weights, or remove init_sha256"
         )
-    return train.model_copy(update={"init_sha256": found})
+    return train.model_copy(update={"init_sha256": sha256})
 
 
 def _benchmark(benchmark: BenchmarkConfig, tokenize: Request, store: Path, verify: bool) -> Request:
@@ -252,7 +252,7 @@ def _request(
 
 
 def prepare(request: Request, runtime: Runtime) -> Path:
-    """Make a stage's directory and write what it is asked and how to run it; its path."""
+    """Create a stage's directory with request.json and runtime.json; returns its path."""
     directory = runtime.store / request.address
     write_model(directory / REQUEST, request)
     write_model(directory / RUNTIME, runtime)

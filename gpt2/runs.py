@@ -23,7 +23,7 @@ from gpt2.stage.manifest import MANIFEST, PROVENANCE, REQUEST, Manifest, Request
 
 
 @dataclass(frozen=True)
-class Trained:
+class FinishedTraining:
     """A finished training."""
 
     directory: Path
@@ -44,11 +44,11 @@ class Trained:
         return f"{self.directory} ({ended}, val loss {self.facts.val_loss:.4f}, {what})"
 
 
-def trainings(recipe: str, store: Path) -> list[Trained]:
+def trainings(recipe: str, store: Path) -> list[FinishedTraining]:
     """The finished trainings in a store that belong to the recipe of that name, the newest first."""
     requests = [read_model(path, Request) for path in store.glob(f"report/*/{REQUEST}")]
     reported = {request.inputs.get("model") for request in requests if request.config.get("name") == recipe}
-    found = []
+    finished = []
     for path in store.glob(f"train/*/{MANIFEST}"):
         directory = path.parent
         if not (directory / REQUEST).exists():
@@ -57,8 +57,8 @@ def trainings(recipe: str, store: Path) -> list[Trained]:
         if isinstance(facts, TrainFacts) and (request.hints.get("recipe") == recipe or request.address in reported):
             record = directory / PROVENANCE
             ended = read_model(record, Provenance).ended if record.exists() else 0.0
-            found.append(Trained(directory, request, facts, ended))
-    return sorted(found, key=lambda training: training.ended, reverse=True)
+            finished.append(FinishedTraining(directory, request, facts, ended))
+    return sorted(finished, key=lambda training: training.ended, reverse=True)
 
 
 def find(recipe: str, words: Sequence[str] = ()) -> Path:
@@ -84,9 +84,9 @@ def find(recipe: str, words: Sequence[str] = ()) -> Path:
         assert isinstance(facts, TrainFacts)
         return path.parent / facts.checkpoint
     if asked or not finished:
-        there = "; ".join(training.describe(section) for training in finished[:5]) or "none: run the recipe first"
+        listing = "; ".join(training.describe(section) for training in finished[:5]) or "none: run the recipe first"
         wanted = f"{config.name} with {' '.join(asked)}" if asked else config.name
-        raise UserError(f"training is not finished of {wanted} in {store}; finished of {config.name}: {there}")
+        raise UserError(f"training is not finished of {wanted} in {store}; finished of {config.name}: {listing}")
     print(f"note: the newest training of {config.name} is {finished[0].describe(section)}", file=sys.stderr)
     return finished[0].checkpoint
 

@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
-from gpt2.benchmark.prepared import Example, Part
-from gpt2.benchmark.prompts import Encode, Prepared, together
-from gpt2.benchmark.records import records
+from gpt2.benchmark.examples import Example, Part
+from gpt2.benchmark.prompts import Encode, ReaderOutput, encode_jointly
+from gpt2.benchmark.records import read_records
 from gpt2.config.benchmarks import Arc
 
 
@@ -30,13 +30,13 @@ class ArcRecord(BaseModel):
         return self
 
 
-def read(config: Arc, files: list[Path], encode: Encode) -> Prepared:
+def read(config: Arc, files: list[Path], encode: Encode) -> ReaderOutput:
     """A sequence for each answer: "Question: ...\\nAnswer: ..."."""
     examples, chances = [], []
-    for record in records(files, ArcRecord, config.limit):
+    for record in read_records(files, ArcRecord, config.limit):
         context = f"Question: {record.question}\nAnswer:"
-        sequences = [together(encode, context, text) for text in record.choices.text]
+        sequences = [encode_jointly(encode, context, text) for text in record.choices.text]
         examples.append(Example(sequences, record.choices.label.index(record.answerKey)))
         chances.append(1 / len(sequences))
     part = Part(name="arc", form="choice", examples=len(examples), chance=sum(chances) / len(chances))
-    return Prepared((part,), examples, "harness")
+    return ReaderOutput((part,), examples, "harness")

@@ -7,14 +7,14 @@ endings have the same number of tokens and begin with a new word.
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Listing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gpt2.benchmark.prepared import Example, Part, Sequence
-from gpt2.benchmark.prompts import Prepared
+from gpt2.benchmark.examples import Example, Part, ScoredSequence
+from gpt2.benchmark.prompts import ReaderOutput
 from gpt2.config.benchmarks import Continuation
 from gpt2.errors import UserError
 from gpt2.shards import open_shard
@@ -24,7 +24,7 @@ CHOICES = 4
 SLACK = 16  # an ending may begin so many tokens later than the context is long, at the first new word
 
 
-def read(config: Continuation, shards: Listing[Path]) -> Prepared:
+def read(config: Continuation, shards: Sequence[Path]) -> ReaderOutput:
     """Four sequences an example, from the validation shards.
 
     Raises:
@@ -47,9 +47,9 @@ def read(config: Continuation, shards: Listing[Path]) -> Prepared:
         label = int(rng.integers(CHOICES))
         starts = [*wrong[:label], start, *wrong[label:]]
         ends = [stream[begin : begin + config.ending_tokens].tolist() for begin in starts]
-        examples.append(Example([Sequence(context + end, len(end)) for end in ends], label))
+        examples.append(Example([ScoredSequence(context + end, len(end)) for end in ends], label))
     part = Part(name="continuation", form="choice", examples=len(examples), chance=1 / CHOICES)
-    return Prepared((part,), examples, "tokens as they are")
+    return ReaderOutput((part,), examples, "tokens as they are")
 
 
 def _passages(stream: NDArray[np.uint16], config: Continuation, rng: np.random.Generator) -> list[tuple[int, int]]:

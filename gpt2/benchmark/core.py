@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from gpt2.benchmark.prepared import Example, Part, Sequence
-from gpt2.benchmark.prompts import Encode, Prepared
-from gpt2.benchmark.records import lines, records
+from gpt2.benchmark.examples import Example, Part, ScoredSequence
+from gpt2.benchmark.prompts import Encode, ReaderOutput
+from gpt2.benchmark.records import lines, read_records
 from gpt2.config.benchmarks import Core
 from gpt2.errors import UserError
 from gpt2.tokenizer import EOT
@@ -70,7 +70,7 @@ RECORDS: dict[str, type[BaseModel]] = {
 }
 
 
-def read(config: Core, files: list[Path], encode: Encode) -> Prepared:
+def read(config: Core, files: list[Path], encode: Encode) -> ReaderOutput:
     """A part for each task whose file is there; the others are named in `left_out`.
 
     Raises:
@@ -96,7 +96,7 @@ def read(config: Core, files: list[Path], encode: Encode) -> Prepared:
                           unit="continuation" if form == "last_word" else None))  # fmt: skip
     if not parts:
         raise UserError(f"none of the {len(tasks)} tasks of {TASKS} has its file among {sorted(by_name)}")
-    return Prepared(tuple(parts), examples, "core", left_out)
+    return ReaderOutput(tuple(parts), examples, "core", left_out)
 
 
 def _plain_name(path: Path) -> str:
@@ -129,7 +129,7 @@ def _needed(by_name: dict[str, Path], name: str) -> Path:
 
 
 def _examples(task: Task, path: Path, limit: int | None, encode: Encode) -> Iterator[Example]:
-    data: list[Any] = records([path], RECORDS[task.icl_task_type])
+    data: list[Any] = read_records([path], RECORDS[task.icl_task_type])
     random.Random(SHUFFLE_SEED).shuffle(data)
     data = data[:limit]
     if task.shots >= len(data):
@@ -174,6 +174,6 @@ def _common(rows: list[array[int]]) -> int:
     return next((n for n, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), min(map(len, rows)))
 
 
-def _sequence(row: array[int], unscored: int) -> Sequence:
+def _sequence(row: array[int], unscored: int) -> ScoredSequence:
     """At least one token is scored and one is not, also where two answers begin alike to the end of one of them."""
-    return Sequence(row, min(max(1, len(row) - unscored), len(row) - 1))
+    return ScoredSequence(row, min(max(1, len(row) - unscored), len(row) - 1))

@@ -12,9 +12,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from gpt2.benchmark.prepared import Example, Part
-from gpt2.benchmark.prompts import Encode, Prepared, apart, together
-from gpt2.benchmark.records import records
+from gpt2.benchmark.examples import Example, Part
+from gpt2.benchmark.prompts import Encode, ReaderOutput, encode_jointly, encode_separately
+from gpt2.benchmark.records import read_records
 from gpt2.config.benchmarks import HellaSwag
 
 
@@ -32,22 +32,22 @@ class FullRecord(HellaSwagRecord):
     ctx_b: str
 
 
-def read(config: HellaSwag, files: list[Path], encode: Encode) -> Prepared:
+def read(config: HellaSwag, files: list[Path], encode: Encode) -> ReaderOutput:
     """Four sequences an example: the context with each ending."""
     if config.prompt == "harness":
-        examples = [_as_the_harness(record, encode) for record in records(files, FullRecord, config.limit)]
+        examples = [_as_the_harness(record, encode) for record in read_records(files, FullRecord, config.limit)]
     else:
         examples = [
-            Example([apart(encode, record.ctx, end) for end in record.endings], record.label)
-            for record in records(files, HellaSwagRecord, config.limit)
+            Example([encode_separately(encode, record.ctx, end) for end in record.endings], record.label)
+            for record in read_records(files, HellaSwagRecord, config.limit)
         ]
     part = Part(name="hellaswag", form="choice", examples=len(examples), chance=0.25)
-    return Prepared((part,), examples, config.prompt)
+    return ReaderOutput((part,), examples, config.prompt)
 
 
 def _as_the_harness(record: FullRecord, encode: Encode) -> Example:
     context = clean(f"{record.activity_label}: {record.ctx_a} {record.ctx_b.capitalize()}")
-    return Example([together(encode, context, clean(end)) for end in record.endings], record.label)
+    return Example([encode_jointly(encode, context, clean(end)) for end in record.endings], record.label)
 
 
 def clean(text: str) -> str:

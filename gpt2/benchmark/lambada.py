@@ -10,9 +10,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, StringConstraints
 
-from gpt2.benchmark.prepared import Example, Part
-from gpt2.benchmark.prompts import Encode, Prepared, together
-from gpt2.benchmark.records import records
+from gpt2.benchmark.examples import Example, Part
+from gpt2.benchmark.prompts import Encode, ReaderOutput, encode_jointly
+from gpt2.benchmark.records import read_records
 from gpt2.config.benchmarks import Lambada
 
 
@@ -20,11 +20,11 @@ class LambadaRecord(BaseModel):
     text: Annotated[str, StringConstraints(pattern=r"\S+ \S+")]
 
 
-def read(config: Lambada, files: list[Path], encode: Encode) -> Prepared:
+def read(config: Lambada, files: list[Path], encode: Encode) -> ReaderOutput:
     """One sequence an example."""
     examples = []
-    for record in records(files, LambadaRecord, config.limit):
+    for record in read_records(files, LambadaRecord, config.limit):
         context, _, word = record.text.rpartition(" ")
-        examples.append(Example([together(encode, context, word)]))
+        examples.append(Example([encode_jointly(encode, context, word)]))
     part = Part(name="lambada", form="last_word", examples=len(examples), unit="last word")
-    return Prepared((part,), examples, "harness")
+    return ReaderOutput((part,), examples, "harness")

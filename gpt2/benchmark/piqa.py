@@ -7,9 +7,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from gpt2.benchmark.prepared import Example, Part
-from gpt2.benchmark.prompts import Encode, Prepared, together
-from gpt2.benchmark.records import records
+from gpt2.benchmark.examples import Example, Part
+from gpt2.benchmark.prompts import Encode, ReaderOutput, encode_jointly
+from gpt2.benchmark.records import read_records
 from gpt2.config.benchmarks import Piqa
 
 
@@ -20,11 +20,13 @@ class PiqaRecord(BaseModel):
     label: Annotated[int, Field(ge=0, le=1)]
 
 
-def read(config: Piqa, files: list[Path], encode: Encode) -> Prepared:
+def read(config: Piqa, files: list[Path], encode: Encode) -> ReaderOutput:
     """Two sequences an example: "Question: ...\\nAnswer: ..."."""
     examples = []
-    for record in records(files, PiqaRecord, config.limit):
+    for record in read_records(files, PiqaRecord, config.limit):
         context = f"Question: {record.goal}\nAnswer:"
-        examples.append(Example([together(encode, context, end) for end in (record.sol1, record.sol2)], record.label))
+        examples.append(
+            Example([encode_jointly(encode, context, end) for end in (record.sol1, record.sol2)], record.label)
+        )
     part = Part(name="piqa", form="choice", examples=len(examples), chance=0.5)
-    return Prepared((part,), examples, "harness")
+    return ReaderOutput((part,), examples, "harness")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from gpt2.benchmark.prepared import Example, Part, Sequence
+from gpt2.benchmark.examples import Example, Part, ScoredSequence
 from gpt2.tokenizer import EOT
 
 Encode = Callable[[str], list[int]]
@@ -13,7 +13,7 @@ Encode = Callable[[str], list[int]]
 
 
 @dataclass(frozen=True)
-class Prepared:
+class ReaderOutput:
     """What a reader returns."""
 
     parts: tuple[Part, ...]
@@ -22,13 +22,13 @@ class Prepared:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
-def apart(encode: Encode, context: str, end: str) -> Sequence:
+def encode_separately(encode: Encode, context: str, end: str) -> ScoredSequence:
     """As llm.c: context and end are tokenized each by itself, a space before the end."""
     scored = encode(" " + end)
     return _sequence(encode(context), scored, end)
 
 
-def together(encode: Encode, context: str, end: str, delimiter: str = " ") -> Sequence:
+def encode_jointly(encode: Encode, context: str, end: str, delimiter: str = " ") -> ScoredSequence:
     """As lm-evaluation-harness: context and end are tokenized as one text and then divided after as many tokens as
     the context alone has. Spaces at the end of the context go to the end; an empty context is <|endoftext|>.
 
@@ -44,5 +44,5 @@ def together(encode: Encode, context: str, end: str, delimiter: str = " ") -> Se
     return _sequence(before, encode(context + full)[len(before) :], end)
 
 
-def _sequence(context: list[int], scored: list[int], end: str) -> Sequence:
-    return Sequence((context or [EOT]) + scored, len(scored), chars=len(end), bytes=len(end.encode()))
+def _sequence(context: list[int], scored: list[int], end: str) -> ScoredSequence:
+    return ScoredSequence((context or [EOT]) + scored, len(scored), chars=len(end), bytes=len(end.encode()))

@@ -20,7 +20,7 @@ from gpt2.errors import UserError
 R = TypeVar("R", bound=BaseModel)
 
 
-def records(files: Iterable[Path], model: type[R], limit: int | None = None) -> list[R]:
+def read_records(files: Iterable[Path], model: type[R], limit: int | None = None) -> list[R]:
     """The records of parquet and JSON-lines files (also .gz, .zst), in order.
 
     Args:

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from gpt2.benchmark import continuation
-from gpt2.benchmark.prepared import Description, pack, save
-from gpt2.benchmark.prompts import Prepared
+from gpt2.benchmark.examples import Description, pack, save
+from gpt2.benchmark.prompts import ReaderOutput
 from gpt2.benchmark.readers import READERS
 from gpt2.config.benchmarks import BenchmarkConfig, Continuation
 from gpt2.download.sources import BENCHMARK_FORMATS, fetch, known_sha256
@@ -45,7 +45,9 @@ def work(stage: StageDir) -> None:
     write(stage, config.kind, prepared, where, files, sha256)
 
 
-def write(stage: StageDir, kind: str, prepared: Prepared, where: str, files: list[str], sha256: dict[str, str]) -> None:
+def write(
+    stage: StageDir, kind: str, prepared: ReaderOutput, where: str, files: list[str], sha256: dict[str, str]
+) -> None:
     """The prepared benchmark and the manifest over it and its source files."""
     written = save(pack(describe(kind, prepared, where), prepared.examples), stage.path)
     chances = [part.chance for part in prepared.parts if part.chance is not None]
@@ -62,7 +64,7 @@ def write(stage: StageDir, kind: str, prepared: Prepared, where: str, files: lis
     print(f"{facts.kind}: {facts.examples:,} examples from {where}{lacking}", flush=True)
 
 
-def describe(kind: str, prepared: Prepared, where: str) -> Description:
+def describe(kind: str, prepared: ReaderOutput, where: str) -> Description:
     return Description(
         kind=kind, prompt=prepared.prompt, origin=where, parts=prepared.parts, left_out=prepared.left_out
     )

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from gpt2.benchmark.prepared import Example, Part, Sequence
-from gpt2.benchmark.prompts import Encode, Prepared
-from gpt2.benchmark.records import lines, records
+from gpt2.benchmark.examples import Example, Part, ScoredSequence
+from gpt2.benchmark.prompts import Encode, ReaderOutput
+from gpt2.benchmark.records import lines, read_records
 from gpt2.config.benchmarks import WikiText103
 from gpt2.tokenizer import EOT
 
@@ -24,13 +24,13 @@ class WikiTextRecord(BaseModel):
     text: str
 
 
-def read(config: WikiText103, files: list[Path], encode: Encode) -> Prepared:
+def read(config: WikiText103, files: list[Path], encode: Encode) -> ReaderOutput:
     """The whole test set as one sequence, after <|endoftext|>."""
     original = "".join(_text(path) for path in files)
     words = len(original.split()) + original.count("\n")
     tokens = encode(detokenize(original) if config.detokenize else original)
     part = Part(name="wikitext103", form="perplexity", examples=1, unit="word", stride=config.stride)
-    return Prepared((part,), [Example([Sequence([EOT, *tokens], len(tokens), units=words)])],
+    return ReaderOutput((part,), [Example([ScoredSequence([EOT, *tokens], len(tokens), units=words)])],
                     "de-tokenized" if config.detokenize else "as it is")  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def _text(path: Path) -> str:
     """A row or a line is a paragraph, a heading or empty, and ends in a line end."""
     if path.suffix in (".tokens", ".txt"):
         return "".join(lines(path))
-    rows = (record.text for record in records([path], WikiTextRecord))
+    rows = (record.text for record in read_records([path], WikiTextRecord))
     return "".join(row if row.endswith("\n") else row + "\n" for row in rows)
 
 

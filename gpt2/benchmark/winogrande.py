@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from gpt2.benchmark.prepared import Example, Part, Sequence
-from gpt2.benchmark.prompts import Encode, Prepared, together
-from gpt2.benchmark.records import records
+from gpt2.benchmark.examples import Example, Part, ScoredSequence
+from gpt2.benchmark.prompts import Encode, ReaderOutput, encode_jointly
+from gpt2.benchmark.records import read_records
 from gpt2.config.benchmarks import WinoGrande
 
 BLANK = "_"
@@ -26,17 +26,17 @@ class WinoGrandeRecord(BaseModel):
     answer: Literal["1", "2"]
 
 
-def read(config: WinoGrande, files: list[Path], encode: Encode) -> Prepared:
+def read(config: WinoGrande, files: list[Path], encode: Encode) -> ReaderOutput:
     """Two sequences an example."""
     examples = []
-    for record in records(files, WinoGrandeRecord, config.limit):
+    for record in read_records(files, WinoGrandeRecord, config.limit):
         before, _, after = record.sentence.partition(BLANK)
-        sequences = [_unmeasured(together(encode, before + option, after.strip()))
+        sequences = [_unmeasured(encode_jointly(encode, before + option, after.strip()))
                      for option in (record.option1, record.option2)]  # fmt: skip
         examples.append(Example(sequences, int(record.answer) - 1))
     part = Part(name="winogrande", form="choice", examples=len(examples), chance=0.5)
-    return Prepared((part,), examples, "harness")
+    return ReaderOutput((part,), examples, "harness")
 
 
-def _unmeasured(sequence: Sequence) -> Sequence:
+def _unmeasured(sequence: ScoredSequence) -> ScoredSequence:
     return sequence._replace(chars=0, bytes=0)

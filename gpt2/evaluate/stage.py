@@ -1,10 +1,10 @@
-"""The evaluate stage: `python -m gpt2.evaluate DIRECTORY`, or the same under torchrun on several GPUs.
+"""The evaluate stage: `python -m gpt2.evaluate DIRECTORY`, also under torchrun on several GPUs.
 
-Alone, on any model (a checkpoint of ours, a Hugging Face folder, a llm.c file), without a store:
+Without a store, on any model (checkpoint, Hugging Face folder, llm.c file):
 
     python -m gpt2.evaluate --folder MODEL --shards FILE... --benchmark hellaswag=FILE easy=arc:FILE [--out scores.json]
 
-Either way each number is the same for any number of processes.
+The results do not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from gpt2.benchmark.prepared import DESCRIPTION, EXAMPLES
+from gpt2.benchmark.examples import DESCRIPTION, EXAMPLES, load
 from gpt2.benchmark.stage import KINDS, prepare_files, val_shards
 from gpt2.config.run import EvaluateConfig, Runtime
 from gpt2.config.section import Section
 from gpt2.distributed import World, destroy_process_group, init_process_group, world_from_env
 from gpt2.errors import UserError
-from gpt2.evaluate.measurement import Measurement, Result, how
+from gpt2.evaluate.evaluator import BenchmarkResult, Evaluator, eval_settings
 from gpt2.model.load import load_any, pick_device
 from gpt2.stage import torchrun
 from gpt2.stage.directory import StageDir
@@ -30,7 +30,7 @@ from gpt2.stage.integrity import check_recorded
 from gpt2.stage.manifest import write_model
 from gpt2.stage.metrics import MetricsWriter
 
-SCORES, KEPT = "scores.json", "measured"
+SCORES, CACHE = "scores.json", "measured"
 PROMPTS = ("llm.c", "harness")
 
 
@@ -38,37 +38,37 @@ class Scores(Section):
     """scores.json"""
 
     model: str
-    """address of the training, or the path that was given"""
+    """address of the training, or the path of --folder"""
     precision: str
     val_loss: float | None
     val_tokens: int | None
-    benchmarks: dict[str, Result]
+    benchmarks: dict[str, BenchmarkResult]
     skipped: dict[str, str] = {}
-    """asked for and not to be had -> why"""
+    """configured benchmark without data -> reason"""
 
     def lines(self) -> list[str]:
-        """For the terminal."""
-        found = [f"{self.model} ({self.precision})"]
+        """Text for the terminal."""
+        lines = [f"{self.model} ({self.precision})"]
         if self.val_loss is not None:
-            found.append(f"  val loss {self.val_loss:.4f} over {self.val_tokens:,} tokens")
+            lines.append(f"  val loss {self.val_loss:.4f} over {self.val_tokens:,} tokens")
         for name, result in self.benchmarks.items():
-            there, lacking = len(result.score.parts), result.left_out
-            of_all = f"CORE over {there} of {there + len(lacking)} tasks: " if there else ""
-            found.append(f"  {name}: {of_all}{_figures(result.score)}")
-            found += [f"    {part}: {_figures(score)}" for part, score in result.score.parts.items()]
-            found += [f"    {part}: left out, {why}" for part, why in lacking.items()]
-        return found + [f"  {name}: skipped, {why}" for name, why in self.skipped.items()]
+            n_parts, left_out = len(result.score.parts), result.left_out
+            of_all = f"CORE over {n_parts} of {n_parts + len(left_out)} tasks: " if n_parts else ""
+            lines.append(f"  {name}: {of_all}{_figures(result.score)}")
+            lines += [f"    {part}: {_figures(score)}" for part, score in result.score.parts.items()]
+            lines += [f"    {part}: left out, {reason}" for part, reason in left_out.items()]
+        return lines + [f"  {name}: skipped, {reason}" for name, reason in self.skipped.items()]
 
 
 def _figures(score: Score) -> str:
     numbers = ", ".join(f"{name} {value:.4f}" for name, value in score.figures().items())
-    asked = f" ({score.prompt})" if score.prompt else ""
-    cut = f", {score.truncated:,} sequences cut to the context" if score.truncated else ""
-    return f"{numbers} of {score.examples:,}{asked}{cut}"
+    prompt = f" ({score.prompt})" if score.prompt else ""
+    truncated = f", {score.truncated:,} sequences truncated to the context" if score.truncated else ""
+    return f"{numbers} of {score.examples:,}{prompt}{truncated}"
 
 
-class Progress:
-    """Tokens put through the model, on metrics.jsonl about once a second; rank 0 speaks for all."""
+class EvaluateProgress:
+    """Writes the number of evaluated tokens to metrics.jsonl once per second; rank 0 estimates it for all ranks."""
 
     SECONDS = 1.0
 
@@ -77,7 +77,7 @@ class Progress:
         self.done, self.last = 0, time.monotonic()
 
     def __call__(self, tokens: int) -> None:
-        """Take note of `tokens` more on this process; the others have done about as many."""
+        """Count `tokens` more on this process, and as many on each of the others."""
         self.done = min(self.total, self.done + tokens * self.size)
         if time.monotonic() - self.last > self.SECONDS:
             self.last = time.monotonic()
@@ -88,11 +88,11 @@ class Progress:
 
 
 def work(stage: StageDir, world: World) -> None:
-    """Measure the stage's model on its validation shards and benchmarks; scores.json and the manifest."""
+    """Evaluate the model on the validation shards and benchmarks; write scores.json and the manifest."""
     config = stage.config(EvaluateConfig)
     shards = val_shards(stage.input("shards"))
     model = load_any(model_folder(stage.input("model")), world.device)
-    way = how(stage.runtime, world, model.config.block_size)
+    settings = eval_settings(stage.runtime, world, model.config.block_size)
     directories = {
         name: stage.input(f"benchmark:{name}").path
         for name in config.benchmarks
@@ -102,20 +102,20 @@ def work(stage: StageDir, world: World) -> None:
     metrics = stage.metrics() if world.is_main else None
     progress = None
     if metrics is not None:
-        total = config.val_tokens + sum(_tokens(path) for path in directories.values())
-        progress = Progress(metrics, total, world)
-    measurement = Measurement(model, world, way, stage.path / KEPT / way.precision, progress)
-    validation = measurement.validation(shards, config.val_tokens)
-    results = {name: measurement.benchmark(name, path) for name, path in directories.items()}
+        total = config.val_tokens + sum(len(load(path).tokens) for path in directories.values())
+        progress = EvaluateProgress(metrics, total, world)
+    evaluator = Evaluator(model, world, settings, stage.path / CACHE / settings.precision, progress)
+    validation = evaluator.validation(shards, config.val_tokens)
+    results = {name: evaluator.benchmark(name, path) for name, path in directories.items()}
     if metrics is None:
         return
     reasons = stage.request.hints.get("skipped", {})
     skipped = {
-        name: reasons.get(name, "its data could not be had") for name in config.benchmarks if name not in directories
+        name: reasons.get(name, "its data is not available") for name in config.benchmarks if name not in directories
     }
     scores = Scores(
         model=stage.request.inputs["model"],
-        precision=way.precision,
+        precision=settings.precision,
         val_loss=validation.val_loss,
         val_tokens=validation.val_tokens,
         benchmarks=results,
@@ -125,8 +125,8 @@ def work(stage: StageDir, world: World) -> None:
     print("\n".join(scores.lines()), flush=True)
     if validation.val_tokens < config.val_tokens:
         print(
-            f"note: the validation shards hold {validation.val_tokens:,} tokens to predict, {config.val_tokens:,} were "
-            "asked for: the loss is not comparable with one over more",
+            f"note: the validation shards hold {validation.val_tokens:,} tokens to predict, evaluate.val_tokens is "
+            f"{config.val_tokens:,}: the loss is not comparable with one over more tokens",
             flush=True,
         )
     metrics.write(1, done=1, total=1, unit="evaluations")
@@ -135,13 +135,13 @@ def work(stage: StageDir, world: World) -> None:
         val_tokens=validation.val_tokens,
         scores={name: result.score for name, result in results.items()},
         skipped=skipped,
-        precision=way.precision,
+        precision=settings.precision,
     )
     stage.finish([SCORES], facts)
 
 
 def model_folder(stage: StageDir) -> Path:
-    """The weights of a finished stage that has some."""
+    """Folder of the weights of a finished train or pretrained stage."""
     manifest = stage.manifest
     facts = manifest.facts if manifest is not None else None
     if not isinstance(facts, TrainFacts | PretrainedFacts):
@@ -150,40 +150,34 @@ def model_folder(stage: StageDir) -> Path:
 
 
 def benchmark_files(directories: Mapping[str, Path]) -> list[Path]:
-    """What is read of prepared benchmarks."""
+    """The files of prepared benchmarks."""
     return [path / name for path in directories.values() for name in (DESCRIPTION, EXAMPLES)]
 
 
-def _tokens(benchmark: Path) -> int:
-    from gpt2.benchmark.prepared import load
-
-    return len(load(benchmark).tokens)
+# ---------------------------------------------------------------------------------------------------- without a store
 
 
-# -------------------------------------------------------------------------------------------------------------- alone
-
-
-def alone(arguments: argparse.Namespace, world: World) -> None:
-    """Measure any model folder and print the figures."""
+def evaluate_folder(arguments: argparse.Namespace, world: World) -> None:
+    """Evaluate any model and print the scores."""
     init_process_group(world)
     with tempfile.TemporaryDirectory() as scratch:
         directories = prepare_benchmarks(arguments.benchmark, Path(scratch))
         check_recorded([*map(Path, arguments.shards), *benchmark_files(directories)])
         model = load_any(Path(arguments.folder), world.device)
         runtime = Runtime(precision=arguments.precision, micro_batch_size=arguments.micro_batch_size)
-        way = how(runtime, world, model.config.block_size)
-        measurement = Measurement(model, world, way)
+        settings = eval_settings(runtime, world, model.config.block_size)
+        evaluator = Evaluator(model, world, settings)
         validation = (
-            measurement.validation([Path(file) for file in arguments.shards], arguments.val_tokens)
+            evaluator.validation([Path(file) for file in arguments.shards], arguments.val_tokens)
             if arguments.shards
             else None
         )
         scores = Scores(
             model=arguments.folder,
-            precision=way.precision,
+            precision=settings.precision,
             val_loss=None if validation is None else validation.val_loss,
             val_tokens=None if validation is None else validation.val_tokens,
-            benchmarks={name: measurement.benchmark(name, path) for name, path in directories.items()},
+            benchmarks={name: evaluator.benchmark(name, path) for name, path in directories.items()},
         )
     if world.is_main:
         print("\n".join(scores.lines()), flush=True)
@@ -193,50 +187,49 @@ def alone(arguments: argparse.Namespace, world: World) -> None:
     destroy_process_group()
 
 
-def prepare_benchmarks(given: Sequence[str], scratch: Path) -> Mapping[str, Path]:
-    """Directories of prepared benchmarks by name. Each process prepares for itself: there may be no shared folder.
+def prepare_benchmarks(options: Sequence[str], scratch: Path) -> Mapping[str, Path]:
+    """Directories of prepared benchmarks by name. Each process prepares its own: no folder may be shared.
 
     Args:
-        given: NAME=DIRECTORY for one that a stage prepared; KIND=FILE[,FILE...] for its own files, as in
+        options: NAME=DIRECTORY of a benchmark stage; KIND=FILE[,FILE...] for the benchmark's own files, as in
             hellaswag=hellaswag_val.jsonl, or a folder of them; NAME=KIND:FILE[,FILE...] for several of one kind.
-            hellaswag:harness for a kind prompts HellaSwag as lm-evaluation-harness does.
+            The kind hellaswag:harness uses the prompt of lm-evaluation-harness.
 
     Raises:
-        UserError: none of these, or a name that is given twice.
+        UserError: another form, or a repeated name.
     """
-    found: dict[str, Path] = {}
-    for text in given:
+    directories: dict[str, Path] = {}
+    for text in options:
         name, equals, where = text.partition("=")
         if not equals:
             raise UserError(f"{text!r} names no benchmark: write hellaswag=FILE, or NAME=DIRECTORY of a prepared one")
-        if name in found:
-            raise UserError(f"{name} is given twice: give each a name of its own, as in NAME={name}:FILE")
+        if name in directories:
+            raise UserError(f"{name} is used twice: use different names, as in NAME={name}:FILE")
         directory = Path(where)
         if not (directory / DESCRIPTION).exists():
-            directory = scratch / str(len(found))
-            kind, prompt, files = _asked(name, where)
+            directory = scratch / str(len(directories))
+            kind, prompt, files = _parse_benchmark(name, where)
             prepare_files(kind, prompt, [Path(file) for file in files.split(",")], directory)
-        found[name] = directory
-    return found
+        directories[name] = directory
+    return directories
 
 
-def _asked(name: str, where: str) -> tuple[str, str, str]:
+def _parse_benchmark(name: str, where: str) -> tuple[str, str, str]:
     """Kind, prompt and files of KIND[:PROMPT]=FILES or NAME=KIND[:PROMPT]:FILES."""
-    kind, asked, prompt = name.partition(":")
+    kind, separator, prompt = name.partition(":")
     first, colon, files = where.partition(":")
-    if colon and first in KINDS and not asked:
+    if colon and first in KINDS and not separator:
         before, colon, after = files.partition(":")
         return (first, before, after) if colon and before in PROMPTS else (first, "", files)
     if kind not in KINDS:
         raise UserError(
-            f"{kind!r} is no kind of benchmark, and none stands before its file: write KIND=FILE or NAME=KIND:FILE, "
-            f"with {', '.join(KINDS)} for KIND"
+            f"{kind!r} is not a kind of benchmark: use KIND=FILE or NAME=KIND:FILE, with KIND one of {', '.join(KINDS)}"
         )
     return kind, prompt, where
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line without a stage's directory."""
+    """Parser of the command line without a store."""
     options = argparse.ArgumentParser(prog="python -m gpt2.evaluate", description=__doc__.split("\n")[0])
     options.add_argument("--folder", required=True, help="checkpoint folder, Hugging Face folder or llm.c file")
     options.add_argument("--shards", nargs="+", default=[], help="validation shards, for the validation loss")
@@ -247,26 +240,26 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="NAME=PATH",
         help="KIND=FILE[,FILE...] or KIND=FOLDER, NAME=KIND:FILE for several of one kind, or NAME=DIRECTORY of a "
-        f"prepared one; KIND is one of {', '.join(KINDS)}, and hellaswag:harness prompts as lm-evaluation-harness does",
+        f"prepared one; KIND is one of {', '.join(KINDS)}, and hellaswag:harness uses the harness's prompt",
     )
     options.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     options.add_argument("--micro-batch-size", default="auto", type=lambda text: text if text == "auto" else int(text))
     options.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    options.add_argument("--out", help="also write the figures and every choice to this JSON file")
+    options.add_argument("--out", help="also write the scores and predictions to this JSON file")
     return options
 
 
 def main(arguments: list[str]) -> int:
-    """Run the stage on a directory, or evaluate any model without a store; the exit status."""
+    """Run the stage, or evaluate a model without a store; returns the exit status."""
     if len(arguments) == 1 and not arguments[0].startswith("-"):
         return torchrun.main(work, arguments[0])
     world: World | None = None
     try:
         options = parser().parse_args(arguments)
         world = world_from_env(pick_device(options.device).type)
-        alone(options, world)
+        evaluate_folder(options, world)
+    except SystemExit:
+        raise
     except BaseException as error:
-        if isinstance(error, SystemExit):
-            raise
         return torchrun.report_failure(error, world)
     return 0

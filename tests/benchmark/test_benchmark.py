@@ -18,10 +18,10 @@ from paths import FIXTURES, SHARED_DATA
 
 from gpt2.benchmark import continuation, wikitext103
 from gpt2.benchmark import stage as benchmark
-from gpt2.benchmark.prepared import ARRAYS, Description, Example, load, pack, save
-from gpt2.benchmark.prompts import Prepared, apart, together
+from gpt2.benchmark.examples import ARRAYS, Description, Example, load, pack, save
+from gpt2.benchmark.prompts import ReaderOutput, encode_jointly, encode_separately
 from gpt2.benchmark.readers import READERS
-from gpt2.benchmark.records import records
+from gpt2.benchmark.records import read_records
 from gpt2.config.benchmarks import Arc, Continuation, Core, HellaSwag, Lambada, Piqa, WikiText103, WinoGrande
 from gpt2.config.run import Runtime
 from gpt2.config.sources import LocalFiles
@@ -53,7 +53,7 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-def read(config: Any, *files: Path) -> Prepared:
+def read(config: Any, *files: Path) -> ReaderOutput:
     return READERS[type(config)](config, list(files), encode)
 
 
@@ -70,19 +70,19 @@ def contexts(example: Example) -> list[str]:
 
 def test_apart_is_llmcs_way() -> None:
     """Would catch: an ending without its space, or merged with the context's last letters."""
-    sequence = apart(encode, "A man is sitting on a roof. he", "is ripping level tiles off.")
+    sequence = encode_separately(encode, "A man is sitting on a roof. he", "is ripping level tiles off.")
     assert sequence.tokens == encode("A man is sitting on a roof. he") + encode(" is ripping level tiles off.")
     assert sequence.scored == len(encode(" is ripping level tiles off."))
 
 
 def test_together_is_the_harness_way() -> None:
     """Would catch: spaces left at the context's end, where GPT-2's tokens would never have them."""
-    sequence = together(encode, "Answer: ", "42 is it")
+    sequence = encode_jointly(encode, "Answer: ", "42 is it")
     assert decode(sequence.tokens) == "Answer:  42 is it" and sequence.scored == len(sequence.tokens) - 2
     assert (sequence.chars, sequence.bytes) == (8, 8)
-    accented = together(encode, "Où", "à côté")
+    accented = encode_jointly(encode, "Où", "à côté")
     assert (accented.chars, accented.bytes) == (6, 9)
-    assert together(encode, "", "word").tokens == [EOT, *encode(" word")]
+    assert encode_jointly(encode, "", "word").tokens == [EOT, *encode(" word")]
 
 
 # ---------------------------------------------------------------------------------------------------------- readers
@@ -460,7 +460,7 @@ QUOTES = (
 )
 
 
-def golden_case(name: str, folder: Path) -> Prepared:
+def golden_case(name: str, folder: Path) -> ReaderOutput:
     """A benchmark of every reader and prompt, made of texts that each of their rules changes."""
     if name == "core":
         files = core_bundle(folder)
@@ -519,4 +519,4 @@ def test_records_stop_at_the_limit(tmp_path: Path) -> None:
     path.write_text(json.dumps(GOOD) + "\n{broken\n")
     from gpt2.benchmark.hellaswag import HellaSwagRecord
 
-    assert len(records([path], HellaSwagRecord, 1)) == 1
+    assert len(read_records([path], HellaSwagRecord, 1)) == 1

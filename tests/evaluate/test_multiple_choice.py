@@ -12,12 +12,13 @@ from processes import run_processes
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt2.benchmark.prepared import Description, Example, Examples, Part, Sequence, load, pack, save
+from gpt2.benchmark.examples import Description, Example, Examples, Part, ScoredSequence, load, pack, save
 from gpt2.config.run import ModelConfig
 from gpt2.distributed import SINGLE_PROCESS, World
 from gpt2.errors import UserError
-from gpt2.evaluate.multiple_choice import picks, score, score_benchmark, sequence_sums
-from gpt2.evaluate.packing import Rows, batches, cut, join, padded, windows
+from gpt2.evaluate.multiple_choice import predict, score, score_benchmark
+from gpt2.evaluate.packing import Rows, batches, merge_alternatives, padded_width, sliding_windows, truncate
+from gpt2.evaluate.sequence_losses import sequence_losses
 from gpt2.model.gpt import GPT
 
 TINY = ModelConfig(n_layer=2, n_head=2, n_embd=32, block_size=48)
@@ -43,7 +44,7 @@ def random_choices(examples: int, seed: int, longest: int = 40, ends: int = 4) -
     for _ in range(examples):
         context = some(int(rng.integers(1, longest // 2)))
         ends_of = [some(int(rng.integers(1, longest // 2))) for _ in range(ends)]
-        sequences = [Sequence(context + end, len(end), chars=3 * len(end), bytes=4 * len(end)) for end in ends_of]
+        sequences = [ScoredSequence(context + end, len(end), chars=3 * len(end), bytes=4 * len(end)) for end in ends_of]
         made.append(Example(sequences, int(rng.integers(ends))))
     return pack(description(examples), made)
 
@@ -68,7 +69,7 @@ def test_sums_are_those_of_one_sequence_at_a_time() -> None:
     """Would catch: an end that is shifted by one, padding that is scored, sequences mixed up in a batch."""
     examples = random_choices(30, seed=12)
     model = tiny_model()
-    sums = sequence_sums(model, examples, SINGLE_PROCESS, batch_tokens=300)
+    sums = sequence_losses(model, examples, SINGLE_PROCESS, batch_tokens=300)
     for row, (begin, end) in enumerate(zip(examples.starts[:-1], examples.starts[1:], strict=True)):
         expected, _ = by_hand(model, examples.tokens[begin:end].tolist(), int(examples.scored[row]))
         assert sums.losses[row] == pytest.approx(expected, abs=1e-3)
@@ -79,23 +80,23 @@ def test_sums_are_those_of_one_sequence_at_a_time() -> None:
 def test_same_picks_whatever_the_batch(batch_tokens: int) -> None:
     """Would catch: any influence of the padding or of the neighbours in a batch."""
     examples = random_choices(60, seed=13)
-    expected = sequence_sums(tiny_model(), examples, SINGLE_PROCESS)
-    sums = sequence_sums(tiny_model(), examples, SINGLE_PROCESS, batch_tokens=batch_tokens)
+    expected = sequence_losses(tiny_model(), examples, SINGLE_PROCESS)
+    sums = sequence_losses(tiny_model(), examples, SINGLE_PROCESS, batch_tokens=batch_tokens)
     np.testing.assert_allclose(sums.losses, expected.losses, atol=2e-4)
     everything = slice(0, 60)
-    assert (picks(examples, sums, everything).by_sum == picks(examples, expected, everything).by_sum).all()
-    assert (picks(examples, sums, everything).by_mean == picks(examples, expected, everything).by_mean).all()
+    assert (predict(examples, sums, everything).by_sum == predict(examples, expected, everything).by_sum).all()
+    assert (predict(examples, sums, everything).by_mean == predict(examples, expected, everything).by_mean).all()
 
 
 def test_picks_by_sum_mean_characters_and_bytes_differ_as_they_should() -> None:
     """Would catch: acc and acc_norm mixed up, or a length other than the end's."""
-    sequences = [Sequence([1] * (1 + n), n, chars=1, bytes=1) for n in (1, 2, 3, 4)]
+    sequences = [ScoredSequence([1] * (1 + n), n, chars=1, bytes=1) for n in (1, 2, 3, 4)]
     examples = pack(description(1), [Example(sequences, 0)])
-    sums = sequence_sums(tiny_model(), examples, SINGLE_PROCESS)
+    sums = sequence_losses(tiny_model(), examples, SINGLE_PROCESS)
     lengths = [np.array(column, np.int32) for column in ([1, 1, 9, 1], [1, 1, 1, 20])]
     made = Examples(**{**vars(examples), "chars": lengths[0], "bytes": lengths[1]})
-    sums = type(sums)(np.array([5.0, 6.0, 9.0, 9.5]), np.array([1, 2, 2, 2]), sums.greedy, sums.cut)
-    chosen = picks(made, sums, slice(0, 1))
+    sums = type(sums)(np.array([5.0, 6.0, 9.0, 9.5]), np.array([1, 2, 2, 2]), sums.greedy, sums.truncated)
+    chosen = predict(made, sums, slice(0, 1))
     # 5, 6, 9, 9.5 | 5, 3, 4.5, 4.75 | 5, 6, 1, 9.5 | 5, 6, 9, 0.475
     assert [chosen.by_sum[0], chosen.by_mean[0], chosen.by_chars[0], chosen.by_bytes[0]] == [0, 1, 2, 3]
 
@@ -104,8 +105,8 @@ def test_a_known_answer_is_found() -> None:
     """Would catch: the highest loss taken for the best, or labels of another example."""
     model = tiny_model()
     examples = random_choices(40, seed=14)
-    sums = sequence_sums(model, examples, SINGLE_PROCESS)
-    told = Examples(**{**vars(examples), "labels": picks(examples, sums, slice(0, 40)).by_sum})
+    sums = sequence_losses(model, examples, SINGLE_PROCESS)
+    told = Examples(**{**vars(examples), "labels": predict(examples, sums, slice(0, 40)).by_sum})
     result = score(told, sums)
     assert result.acc == 1.0 and result.acc_norm is not None and result.acc_norm < 1.0
     assert result.examples == 40 and result.chance == 0.25 and result.prompt == "llm.c"
@@ -125,9 +126,9 @@ def test_last_word_is_right_only_if_every_token_is_the_likeliest() -> None:
     wrong_last = [*greedy[:5], (greedy[5] + 1) % 50257]
     tokens = [(greedy, 3), (greedy[:4], 1), (wrong_first, 2), (wrong_last, 3)]
     examples = pack(
-        description(4, form="last_word", chance=None, unit="word"), [Example([Sequence(t, n)]) for t, n in tokens]
+        description(4, form="last_word", chance=None, unit="word"), [Example([ScoredSequence(t, n)]) for t, n in tokens]
     )
-    sums = sequence_sums(model, examples, SINGLE_PROCESS)
+    sums = sequence_losses(model, examples, SINGLE_PROCESS)
     result = score(examples, sums)
     assert sums.greedy.tolist() == [True, True, False, False]
     assert result.acc == 0.5 and result.acc_norm is None
@@ -143,14 +144,14 @@ def test_perplexity_scores_every_token_once(stride: int | None, length: int) -> 
     tokens = np.random.default_rng(15).integers(0, 50257, length).tolist()
     examples = pack(
         description(1, form="perplexity", chance=None, unit="word", stride=stride),
-        [Example([Sequence(tokens, length - 1, units=10)])],
+        [Example([ScoredSequence(tokens, length - 1, units=10)])],
     )
     expected, done = 0.0, 1
     while done < length:  # as transformers' guide to perplexity does it
         reach = min(length, context + 1 if done == 1 else done + (stride or context))
         expected += by_hand(model, tokens[max(0, reach - context - 1) : reach], reach - done)[0]
         done = reach
-    sums = sequence_sums(model, examples, SINGLE_PROCESS, batch_tokens=200)
+    sums = sequence_losses(model, examples, SINGLE_PROCESS, batch_tokens=200)
     assert sums.counts.tolist() == [length - 1]
     assert score(examples, sums).perplexity == pytest.approx(math.exp(expected / 10), rel=1e-3)
 
@@ -159,10 +160,10 @@ def test_too_long_a_sequence_loses_its_left_end_and_is_counted() -> None:
     """Would catch: an end cut off instead of the context, or a cut that nobody hears of."""
     model = tiny_model()
     tokens = np.random.default_rng(16).integers(0, 50257, 90).tolist()
-    examples = pack(description(1), [Example([Sequence(tokens, 5), Sequence(tokens[:20], 5)], 1)])
-    sums = sequence_sums(model, examples, SINGLE_PROCESS)
+    examples = pack(description(1), [Example([ScoredSequence(tokens, 5), ScoredSequence(tokens[:20], 5)], 1)])
+    sums = sequence_losses(model, examples, SINGLE_PROCESS)
     assert sums.losses[0] == pytest.approx(by_hand(model, tokens[-49:], 5)[0], abs=1e-3)
-    assert sums.cut.tolist() == [True, False]
+    assert sums.truncated.tolist() == [True, False]
     assert score(examples, sums).truncated == 1
 
 
@@ -178,8 +179,8 @@ def test_core_is_the_mean_of_centered_accuracies() -> None:
         [*examples_of(one), *examples_of(two)],
     )
     model = tiny_model()
-    result = score(both, sequence_sums(model, both, SINGLE_PROCESS))
-    alone = [score(part, sequence_sums(model, part, SINGLE_PROCESS)).acc_norm for part in (one, two)]
+    result = score(both, sequence_losses(model, both, SINGLE_PROCESS))
+    alone = [score(part, sequence_losses(model, part, SINGLE_PROCESS)).acc_norm for part in (one, two)]
     assert alone[0] is not None and alone[1] is not None
     assert result.centered == pytest.approx(((alone[0] - 0.25) / 0.75 + (alone[1] - 0.5) / 0.5) / 2)
     assert result.parts["two"].acc_norm == alone[1] and result.examples == 40
@@ -192,7 +193,7 @@ def examples_of(examples: Examples) -> list[Example]:
         made.append(
             Example(
                 [
-                    Sequence(
+                    ScoredSequence(
                         examples.tokens[examples.starts[r] : examples.starts[r + 1]].tolist(), int(examples.scored[r])
                     )
                     for r in rows
@@ -204,9 +205,9 @@ def examples_of(examples: Examples) -> list[Example]:
 
 
 def joined(examples: Examples, context: int = 48) -> Rows:
-    segments, _ = cut(examples.starts, examples.scored, context)
+    segments, _ = truncate(examples.starts, examples.scored, context)
     groups = np.searchsorted(examples.groups, segments.sequence, side="right")
-    return join(examples.tokens, segments, groups, context)
+    return merge_alternatives(examples.tokens, segments, groups, context)
 
 
 def test_batches_hold_every_segment_once_and_keep_to_the_budget() -> None:
@@ -218,8 +219,8 @@ def test_batches_hold_every_segment_once_and_keep_to_the_budget() -> None:
     assert sorted(np.concatenate(found).tolist()) == list(range(len(rows.first)))
     for some in found:
         assert len(some) == 1 or len(some) * rows.width[some].max() <= 256
-    places = sum(len(some) * padded(int(rows.width[some].max()), 48) for some in found)
-    assert rows.width.sum() <= places < 1.33 * rows.width.sum()
+    positions = sum(len(some) * padded_width(int(rows.width[some].max()), 48) for some in found)
+    assert rows.width.sum() <= positions < 1.33 * rows.width.sum()
 
 
 @pytest.mark.parametrize(
@@ -236,9 +237,9 @@ def test_alternatives_in_one_row_are_what_they_are_alone(ends: list[list[int]], 
     """Would catch: an alternative that sees another, positions that count on through the row, the first token of an
     end predicted from the wrong place."""
     beginning = np.random.default_rng(21).integers(0, 50257, context).tolist()
-    examples = pack(description(1), [Example([Sequence(beginning + end, len(end)) for end in ends])])
+    examples = pack(description(1), [Example([ScoredSequence(beginning + end, len(end)) for end in ends])])
     model = tiny_model()
-    sums = sequence_sums(model, examples, SINGLE_PROCESS)
+    sums = sequence_losses(model, examples, SINGLE_PROCESS)
     for row, end in enumerate(ends):
         expected, _ = by_hand(model, (beginning + end)[-49:], len(end))
         assert sums.losses[row] == pytest.approx(expected, abs=1e-3)
@@ -247,12 +248,12 @@ def test_alternatives_in_one_row_are_what_they_are_alone(ends: list[list[int]], 
 def test_a_common_beginning_is_read_once() -> None:
     """Would catch: rows that are joined on paper while the model still reads every alternative whole."""
     ends = [[7], [8], [9], [5]]
-    examples = pack(description(1), [Example([Sequence([*range(40), *end], 1) for end in ends])])
+    examples = pack(description(1), [Example([ScoredSequence([*range(40), *end], 1) for end in ends])])
     with FlopCounterMode(display=False) as together:
-        sequence_sums(tiny_model(), examples, SINGLE_PROCESS)
-    single = pack(description(1), [Example([Sequence([*range(40), 7], 1)])])
+        sequence_losses(tiny_model(), examples, SINGLE_PROCESS)
+    single = pack(description(1), [Example([ScoredSequence([*range(40), 7], 1)])])
     with FlopCounterMode(display=False) as alone:
-        sequence_sums(tiny_model(), single, SINGLE_PROCESS)
+        sequence_losses(tiny_model(), single, SINGLE_PROCESS)
     head = 2 * TINY.padded_vocab_size * TINY.n_embd  # of each scored token
     assert together.get_total_flops() - 4 * head < 1.2 * (alone.get_total_flops() - head)
 
@@ -260,8 +261,8 @@ def test_a_common_beginning_is_read_once() -> None:
 def test_windows_refuses_a_stride_it_cannot_walk() -> None:
     """Would catch: an endless loop on stride 0, and gaps between windows when the stride is above the context."""
     for stride in (0, 49):
-        with pytest.raises(ValueError, match=f"stride of {stride}"):
-            windows(np.array([0, 100]), np.array([99]), 48, stride)
+        with pytest.raises(ValueError, match=f"stride is {stride}:"):
+            sliding_windows(np.array([0, 100]), np.array([99]), 48, stride)
 
 
 def test_saved_examples_are_the_same_bytes_and_load_again(tmp_path: Path) -> None:
@@ -290,7 +291,7 @@ def test_a_damaged_benchmark_says_so(tmp_path: Path) -> None:
 
 def _scores(world: World, directory: Path) -> tuple[object, list[float]]:
     model = tiny_model()
-    sums = sequence_sums(model, load(directory), world, batch_tokens=200)
+    sums = sequence_losses(model, load(directory), world, batch_tokens=200)
     return score_benchmark(model, directory, world, batch_tokens=200), sums.losses.tolist()
 
 

@@ -24,7 +24,7 @@ from bench import harness_agreement as agreement
 from gpt2.config.recipe import load
 from gpt2.config.run import ModelConfig, Runtime
 from gpt2.errors import UserError
-from gpt2.evaluate.measurement import Measurement, how
+from gpt2.evaluate.evaluator import Evaluator, eval_settings
 from gpt2.harness import lm_eval as harness
 from gpt2.model.checkpoint import save_model
 from gpt2.model.gpt import GPT
@@ -108,21 +108,21 @@ def test_the_same_choices_on_the_real_hellaswag(model: Path, tmp_path: Path) -> 
 @pytest.mark.slow
 def test_the_same_log_probabilities(model: Path, tmp_path: Path) -> None:
     """Would catch: choices that agree by luck."""
-    from gpt2.benchmark.prepared import load
+    from gpt2.benchmark.examples import load
     from gpt2.benchmark.stage import prepare_files
     from gpt2.config.run import Runtime
     from gpt2.distributed import SINGLE_PROCESS
-    from gpt2.evaluate.multiple_choice import sequence_sums
+    from gpt2.evaluate.sequence_losses import sequence_losses
     from gpt2.model.load import load_any
 
     found = harness.run_harness(model, ["hellaswag"], data={"hellaswag": FIXTURE}, device="cpu")
     theirs = harness.choices(found.samples["hellaswag"])
     prepare_files("hellaswag", "harness", [FIXTURE], tmp_path / "ours")
     gpt = load_any(model)
-    sums = sequence_sums(gpt, load(tmp_path / "ours"), SINGLE_PROCESS)
+    sums = sequence_losses(gpt, load(tmp_path / "ours"), SINGLE_PROCESS)
     np.testing.assert_allclose(sums.losses, [-log for sample in theirs for log in sample.log_probs], rtol=1e-5)
     score = (
-        Measurement(gpt, SINGLE_PROCESS, how(Runtime(), SINGLE_PROCESS, 256))
+        Evaluator(gpt, SINGLE_PROCESS, eval_settings(Runtime(), SINGLE_PROCESS, 256))
         .benchmark("hellaswag", tmp_path / "ours")
         .score
     )
@@ -133,10 +133,11 @@ def test_the_same_log_probabilities(model: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_other_tasks_agree_too(model: Path, tmp_path: Path) -> None:
     """Would catch: prompts of LAMBADA, ARC, PIQA or WinoGrande that are not the harness's."""
-    from gpt2.benchmark.prepared import load
+    from gpt2.benchmark.examples import load
     from gpt2.benchmark.stage import prepare_files
     from gpt2.distributed import SINGLE_PROCESS
-    from gpt2.evaluate.multiple_choice import score, sequence_sums
+    from gpt2.evaluate.multiple_choice import score
+    from gpt2.evaluate.sequence_losses import sequence_losses
     from gpt2.model.load import load_any
 
     words = [json.loads(line) for line in FIXTURE.read_text().splitlines()]
@@ -161,7 +162,7 @@ def test_other_tasks_agree_too(model: Path, tmp_path: Path) -> None:
     for task, file in files.items():
         prepare_files(kinds.get(task, task), "", [file], tmp_path / task)
         prepared = load(tmp_path / task)
-        ours = score(prepared, sequence_sums(gpt, prepared, SINGLE_PROCESS))
+        ours = score(prepared, sequence_losses(gpt, prepared, SINGLE_PROCESS))
         theirs = found.figures[task]
         assert theirs["acc"] == pytest.approx(ours.acc), task
         if ours.acc_norm_chars is not None:

@@ -1,4 +1,4 @@
-"""gpt2/scoring.py against transformers and torch, with random weights."""
+"""Token losses against transformers and torch, with random weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from gpt2.config.run import ModelConfig
-from gpt2.evaluate import scoring
+from gpt2.evaluate.token_losses import CHUNK_TOKENS, autocast, losses_at, token_losses
 from gpt2.model.gpt import GPT
 from gpt2.model.weights import load_hf
 
@@ -41,7 +41,7 @@ def test_losses_are_transformers_losses() -> None:
     with torch.no_grad():
         logits = theirs(idx).logits
     expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-    losses = scoring.token_losses(ours, idx, targets)
+    losses = token_losses(ours, idx, targets)
     assert losses.dtype == torch.float32
     assert expected.std() > 0.1  # not all the same: the comparison says something
     torch.testing.assert_close(losses, expected, atol=2e-5, rtol=1e-5)
@@ -50,10 +50,10 @@ def test_losses_are_transformers_losses() -> None:
 def test_padding_rows_of_the_vocabulary_take_no_part(model: GPT) -> None:
     """Would catch: a softmax over 50,304 rows, which lowers every probability as soon as the padding is not -inf."""
     idx, targets = random_batch(4)
-    before = scoring.token_losses(model, idx, targets)
+    before = token_losses(model, idx, targets)
     with torch.no_grad():
         model.transformer.wte.weight[TINY.vocab_size :] = 3.0
-    after = scoring.token_losses(model, idx, targets)
+    after = token_losses(model, idx, targets)
     with torch.no_grad():
         model.transformer.wte.weight[TINY.vocab_size :] = 0.0
     torch.testing.assert_close(after, before, atol=0, rtol=0)
@@ -63,19 +63,17 @@ def test_padding_rows_of_the_vocabulary_take_no_part(model: GPT) -> None:
 def test_chunk_changes_nothing(model: GPT, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Would catch: positions lost or doubled at the seams between chunks of the head."""
     idx, targets = random_batch(5, B=2, T=40)
-    whole = scoring.token_losses(model, idx, targets)
-    monkeypatch.setitem(scoring.CHUNK_TOKENS, "cpu", chunk)
-    torch.testing.assert_close(scoring.token_losses(model, idx, targets), whole, atol=1e-5, rtol=1e-5)
+    whole = token_losses(model, idx, targets)
+    monkeypatch.setitem(CHUNK_TOKENS, "cpu", chunk)
+    torch.testing.assert_close(token_losses(model, idx, targets), whole, atol=1e-5, rtol=1e-5)
 
 
 def test_chosen_positions_are_those_of_all_positions(model: GPT) -> None:
     """Would catch: gathering hidden states in another order than the targets."""
     idx, targets = random_batch(6)
-    every = scoring.token_losses(model, idx, targets)
+    every = token_losses(model, idx, targets)
     positions = torch.randperm(idx.numel(), generator=torch.Generator().manual_seed(7))[:100]
-    losses, greedy = scoring.chosen_losses(
-        model, model.hidden(idx), positions, targets.flatten()[positions], greedy=True
-    )
+    losses, greedy = losses_at(model, model.hidden(idx), positions, targets.flatten()[positions], greedy=True)
     torch.testing.assert_close(losses, every.flatten()[positions], atol=1e-5, rtol=1e-5)
     assert greedy is not None and greedy.shape == (100,)
 
@@ -88,11 +86,9 @@ def test_greedy_knows_the_likeliest_token(model: GPT) -> None:
     assert logits is not None
     likeliest = logits.argmax(dim=-1).flatten()
     positions = torch.arange(idx.numel())
-    _, greedy = scoring.chosen_losses(model, model.hidden(idx), positions, likeliest, greedy=True)
+    _, greedy = losses_at(model, model.hidden(idx), positions, likeliest, greedy=True)
     assert greedy is not None and greedy.all()
-    _, greedy = scoring.chosen_losses(
-        model, model.hidden(idx), positions, (likeliest + 1) % TINY.vocab_size, greedy=True
-    )
+    _, greedy = losses_at(model, model.hidden(idx), positions, (likeliest + 1) % TINY.vocab_size, greedy=True)
     assert greedy is not None and not greedy.any()
 
 
@@ -100,17 +96,17 @@ def test_positions_without_a_target_give_zero(model: GPT) -> None:
     """Would catch: padding that adds to a validation loss."""
     idx, targets = random_batch(9)
     targets[:, 10:] = -1
-    losses = scoring.token_losses(model, idx, targets)
+    losses = token_losses(model, idx, targets)
     assert (losses[:, 10:] == 0).all() and (losses[:, :10] > 0).all()
 
 
 def test_no_gradient_is_kept(model: GPT) -> None:
     """Would catch: a validation pass that keeps every activation and runs out of memory."""
     idx, targets = random_batch(10)
-    assert not scoring.token_losses(model, idx, targets).requires_grad
+    assert not token_losses(model, idx, targets).requires_grad
 
 
 def test_a_precision_that_is_none_is_refused() -> None:
     """Bug: figures in fp32 from a run that was told, in some other word, to work in bf16."""
     with pytest.raises(ValueError, match="neither bf16 nor fp32"):
-        scoring.autocast(torch.device("cpu"), "bf16, head in fp8")
+        autocast(torch.device("cpu"), "bf16, head in fp8")

@@ -32,7 +32,7 @@ DESCRIPTION, EXAMPLES = "benchmark.json", "examples.npz"
 Form = Literal["choice", "last_word", "perplexity"]
 
 
-class Sequence(NamedTuple):
+class ScoredSequence(NamedTuple):
     tokens: list[int] | array[int]
     """what comes before the scored end, at least one token, and the end"""
     scored: int
@@ -46,7 +46,7 @@ class Sequence(NamedTuple):
 
 
 class Example(NamedTuple):
-    sequences: list[Sequence]
+    sequences: list[ScoredSequence]
     label: int = 0
 
 

@@ -1,4 +1,4 @@
-"""How well a model predicts given tokens: the one scoring function of validation loss and benchmarks."""
+"""Per-token cross-entropy of a model: the one scoring function of validation loss and benchmarks."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch.nn import functional as F
 from gpt2.model.gpt import GPT, IGNORE
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
-"""idx (B, T), targets (B, T) -> losses (B, T), as `token_losses` gives them"""
+"""idx (B, T), targets (B, T) -> losses (B, T), as `token_losses` with its model"""
 
 OnTokens = Callable[[int], None]
-"""told, after each batch, how many tokens this process is done with; what sequences share counts for each"""
+"""progress callback: called after each batch with the number of tokens that this process evaluated"""
 
 CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
-"""positions whose logits exist at a time: 256 x 50,304 x 4 bytes are 51 MB, what a CPU's caches and memory like"""
+"""positions per chunk of logits; on a CPU 256 x 50,304 x 4 bytes = 51 MB"""
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context to score in: "bf16" computes matrix products in bfloat16, "fp32" leaves everything as it is.
+    """Context of a forward pass: "bf16" computes matrix products in bfloat16, "fp32" changes nothing.
 
     Raises:
-        ValueError: neither of the two.
+        ValueError: another precision.
     """
     if precision not in ("bf16", "fp32"):
         raise ValueError(f"precision {precision!r} is neither bf16 nor fp32")
@@ -33,12 +33,12 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Cross-entropy of each position under the tied head, with logits for only a chunk of positions at a time.
+    """Cross-entropy of each position under the tied head, with the logits of one chunk of positions at a time.
 
     Args:
         hidden: (N, C).
-        weight: (V or more, C); rows from vocab_size on are padding and take no part.
-        targets: (N,) int64, or -1 where nothing is to be predicted.
+        weight: (V, C) with V >= vocab_size; rows from vocab_size on are padding and are ignored.
+        targets: (N,) int64; -1 is ignored.
 
     Returns:
         (N,) fp32, -log softmax(logits)[target] in nats; 0 where the target is -1.
@@ -51,12 +51,12 @@ def head_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int
 
 
 def head_greedy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Whether each target is the likeliest token: (N,) bool; arguments as of `head_losses`."""
+    """Whether each target is the argmax of the logits: (N,) bool; arguments as of `head_losses`."""
     return torch.cat([logits.argmax(dim=1) == targets[part] for part, logits in _chunks(hidden, weight, vocab_size)])
 
 
 def _chunks(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """(part of the N positions, its logits (n, vocab_size) fp32)"""
+    """Slices of the N positions with their logits (n, vocab_size) in fp32."""
     step = CHUNK_TOKENS.get(hidden.device.type, 1024)
     for start in range(0, max(len(hidden), 1), step):
         part = slice(start, start + step)
@@ -68,7 +68,7 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
     """Losses (B, T) fp32, in nats, of the tokens `targets` (B, T) that follow each position of `idx` (B, T).
 
     Args:
-        targets: -1 where nothing is to be predicted, which gives 0.
+        targets: -1 is ignored and gives 0.
     """
     states = model.hidden(idx)  # (B, T, C)
     losses = head_losses(states.flatten(0, 1), model.transformer.wte.weight, targets.flatten(), model.config.vocab_size)
@@ -76,10 +76,10 @@ def token_losses(model: GPT, idx: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def chosen_losses(
+def losses_at(
     model: GPT, hidden: Tensor, positions: Tensor, targets: Tensor, *, greedy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """As `token_losses`, but at some positions only: the head, which is most of a small model, is spared the rest.
+    """As `token_losses`, at some positions only; the head is not computed for the others.
 
     Args:
         hidden: (B, T, C) states after the last LayerNorm.
@@ -87,7 +87,7 @@ def chosen_losses(
         targets: (N,) the token that follows each.
 
     Returns:
-        losses (N,) fp32 in nats, and with `greedy` whether each target is the likeliest token (N,) bool.
+        losses (N,) fp32 in nats, and with `greedy` whether each target is the argmax of the logits (N,) bool.
     """
     states = hidden.flatten(0, 1)[positions]  # (N, C)
     head = (model.transformer.wte.weight, targets, model.config.vocab_size)
