@@ -12,8 +12,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-CHOICES = "GPT2_CHOICES"
-"""environment variable: where gpt2.kernels.autotune_cache keeps what it is told; without it nothing is kept"""
+AUTOTUNE_CACHE = "GPT2_AUTOTUNE_CACHE"
+"""environment variable: the folder of gpt2.kernels.autotune_cache; if unset, nothing is cached"""
 
 
 def cpu_count() -> int:
@@ -118,7 +118,7 @@ def keep_compiled() -> None:
         ("TRITON_CACHE_DIR", "triton"),
         ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
         ("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", "flash-attn-4"),
-        (CHOICES, "choices"),
+        (AUTOTUNE_CACHE, "autotune"),
     ):
         os.environ.setdefault(variable, str(folder / name))
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")

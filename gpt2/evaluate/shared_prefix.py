@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gpt2.evaluate.packing import Rows, Segments, padded
 from gpt2.model.gpt import GPT
-from gpt2.model.kv_cache import read_at
+from gpt2.model.kv_cache import forward_with_attention
 
 COMMON, PADDING = 0, -1  # in Layout.branch
 
@@ -87,4 +87,4 @@ def hidden(model: GPT, batch: Layout) -> Tensor:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return read_at(model, batch.idx, batch.places, attend)
+    return forward_with_attention(model, batch.idx, batch.places, attend)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_run import CONFIG, assert_same, faulty, lines, make_run, make_shards, result, run, set_runtime, steps
 
 from gpt2.config.run import AnomalyConfig, ModelConfig, TrainConfig
-from gpt2.machine import CHOICES, keep_compiled, user_cache
+from gpt2.machine import AUTOTUNE_CACHE, keep_compiled, user_cache
 from gpt2.model.checkpoint import load_model, save_model
 from gpt2.model.gpt import GPT
 from gpt2.model.weights import to_hf
@@ -270,7 +270,7 @@ def test_compiled_code_is_kept_for_this_user_alone(tmp_path: Path, monkeypatch: 
     folder that the user has chosen is not used."""
     monkeypatch.setenv("TRITON_CACHE_DIR", "/chosen")
     fa4 = [f"FLASH_ATTENTION_CUTE_DSL_CACHE_{what}" for what in ("DIR", "ENABLED")]
-    for variable in ("TORCHINDUCTOR_CACHE_DIR", CHOICES, *fa4):
+    for variable in ("TORCHINDUCTOR_CACHE_DIR", AUTOTUNE_CACHE, *fa4):
         monkeypatch.setenv(variable, "")  # noted as not there, for the end of the test
         monkeypatch.delenv(variable)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -280,7 +280,7 @@ def test_compiled_code_is_kept_for_this_user_alone(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "reproduce-gpt2").stat().st_mode & 0o777 == 0o700
     assert os.environ["TRITON_CACHE_DIR"] == "/chosen"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
-    assert os.environ[CHOICES] == str(folder / "choices")
+    assert os.environ[AUTOTUNE_CACHE] == str(folder / "autotune")
     assert [os.environ[variable] for variable in fa4] == [str(folder / "flash-attn-4"), "1"]
 
 
