@@ -29,7 +29,7 @@ from gpt2.config.run import Runtime, TrainConfig
 from gpt2.console import command
 from gpt2.distributed import World, destroy_process_group, init_world
 from gpt2.flops import mfu
-from gpt2.kernels.fused_gpt import FastGPT
+from gpt2.kernels.fused_gpt import FusedGPT
 from gpt2.machine import keep_compiled
 from gpt2.train.build import device_name
 
@@ -187,10 +187,10 @@ def speed(config: TrainConfig, runtime: Runtime, world: World, steps: int) -> di
         figures["peak memory GiB"] = max(world.all_gather(torch.cuda.max_memory_allocated() / 2**30))
         work = kinds_of_work(lambda: loop.step(steps, batch))
         figures |= {f"ms of {kind}": ms for kind, ms in work.items()}
-    if isinstance(loop.loss, FastGPT) and world.is_main:
-        engine = loop.loss.engine
+    if isinstance(loop.loss, FusedGPT) and world.is_main:
+        kernels = loop.loss.kernels
         print(
-            f"products: {engine.linear.name}, attention: {engine.attention.name}, recomputed: {engine.recompute}, "
+            f"products: {kernels.linear.name}, attention: {kernels.attention.name}, recomputed: {kernels.recompute}, "
             f"head: {loop.loss.head.name}"
         )
     return figures

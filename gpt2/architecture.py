@@ -1,6 +1,6 @@
-"""Which GPT-2 lies at a path, without reading its weights: a Hugging Face config.json or the header of a llm.c file.
+"""Reads the architecture of a stored model from a Hugging Face config.json or a llm.c header, without its weights.
 
-Planning compares it with the recipe before anything runs, so there is no torch here.
+Planning compares it with the recipe before anything runs, so this module does not import torch.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ FIXED = {
     "tie_word_embeddings": True,
     "add_cross_attention": False,
 }
-"""What config.json may say in one way only: the model computes so, whatever the file asks for. These are also Hugging
-Face's defaults. `reorder_and_upcast_attn` is not among them, as it only changes the rounding."""
+"""Fields of config.json with one supported value, which is also Hugging Face's default. `reorder_and_upcast_attn` is
+not among them, as it only changes rounding."""
 
 LLMC_MAGIC = 20240326
 LLMC_HEADER_BYTES = 256 * 4
@@ -35,10 +35,10 @@ LLMC_DTYPES = {3: "float32", 5: "bfloat16"}
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder or llm.c file that `path` stands for.
+    """The checkpoint folder or llm.c file of `path`.
 
     Raises:
-        UserError: there is nothing, or it holds no model.
+        UserError: the path does not exist or contains no model.
     """
     if not path.exists():
         raise UserError(
@@ -62,10 +62,10 @@ def resolve(path: Path) -> Path:
 
 
 def read_architecture(path: Path) -> ModelConfig:
-    """The architecture of the model at `path`; see `resolve` for what may lie there.
+    """The architecture of the model at `path`; see `resolve` for the formats.
 
     Raises:
-        UserError: there is no model, or one that GPT-2's code would compute otherwise.
+        UserError: there is no model, or a variant of GPT-2 that is not supported.
     """
     path = resolve(path)
     return read_llmc_header(path).config if path.is_file() else read_hf_config(path / MODEL_CONFIG)
@@ -115,7 +115,7 @@ def read_hf_config(path: Path) -> ModelConfig:
     """The architecture that a Hugging Face config.json describes.
 
     Raises:
-        UserError: it is missing, or describes something else than GPT-2, also a variant that computes otherwise.
+        UserError: the file is missing, or describes another model or an unsupported variant of GPT-2.
     """
     try:
         fields = json.loads(path.read_bytes())
@@ -161,7 +161,7 @@ class LlmcHeader(NamedTuple):
 
 
 def is_llmc(path: Path) -> bool:
-    """Whether `path` is a file that begins as llm.c's model checkpoints do."""
+    """Whether `path` is a file with the magic number of llm.c's model checkpoints."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -169,10 +169,10 @@ def is_llmc(path: Path) -> bool:
 
 
 def read_llmc_header(path: Path) -> LlmcHeader:
-    """What a llm.c model checkpoint says of itself.
+    """The header of a llm.c model checkpoint.
 
     Raises:
-        UserError: no such file, another kind or version, or sizes that contradict each other.
+        UserError: no such file, another format or version, or inconsistent sizes.
     """
     try:
         with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Floating point operations of a token, and what a GPU can do at most: the one copy of the MFU formula."""
+"""FLOPs per token, peak FLOP/s of GPUs, and model FLOPs utilisation (MFU)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ PEAK_BF16 = {
     "RTX 3090": 71e12,
 }
 SAME_CHIP = re.compile(r"NVIDIA|GeForce|SXM\d*|\d+GB|HBM\d\w*")
-"""words of a device's name that do not change its peak; every other word does: Laptop, Ti, D, MIG"""
+"""words of a device's name that do not change its peak; all others may (Laptop, Ti, D, MIG)"""
 
 
 def flops_per_token(config: ModelConfig, convention: Convention = "llm.c") -> float:
-    """FLOPs of one token's forward and backward pass: 6 N + 6 L C T by llm.c's formula (attention is causal, so half of
+    """FLOPs per token of a forward and backward pass: 6 N + 6 L C T by llm.c's formula (attention is causal, so half of
     the scores), 6 N + 12 L C T by that of nanoGPT and PaLM (arXiv:2204.02311, appendix B). N counts every parameter,
     embeddings included, with the real vocabulary of 50,257; llm.c's N has 50,304 rows, 0.027 % more FLOPs for 124M."""
     attention = {"llm.c": 6, "nanogpt": 12}[convention] * config.n_layer * config.n_embd * config.block_size
@@ -40,12 +40,12 @@ def flops_per_token(config: ModelConfig, convention: Convention = "llm.c") -> fl
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of a GPU by its name as the driver gives it; None where it is not known (a CPU)."""
+    """Peak bf16 FLOP/s of a GPU by the driver's name for it; None if unknown, also for a CPU."""
     words = [word for word in re.split(r"[ -]+", device_name) if not SAME_CHIP.fullmatch(word)]
     return PEAK_BF16.get(" ".join(words))
 
 
 def mfu(config: ModelConfig, tokens_per_second: float, device_name: str, n_devices: int) -> float | None:
-    """Model FLOPs utilisation by llm.c's convention: the share of the devices' peak that the model's own FLOPs are."""
+    """MFU by llm.c's convention: the model's FLOP/s divided by the devices' peak; None if the peak is unknown."""
     peak = peak_flops(device_name)
     return None if peak is None else flops_per_token(config) * tokens_per_second / (peak * n_devices)

@@ -119,7 +119,7 @@ def gpu_count(gpus: int | Literal["auto"]) -> int:
 
 
 def device_type(gpus: int | Literal["auto"]) -> Literal["auto", "cpu"]:
-    """ "cpu" if `runtime.gpus` is 0, else "auto": a GPU if torch finds one."""
+    """The device of a run: "cpu" if `runtime.gpus` is 0, else "auto", a GPU if torch finds one."""
     return "cpu" if gpus == 0 else "auto"
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from gpt2.evaluate.packing import Rows, Segments, padded_width
 from gpt2.model.gpt import GPT
-from gpt2.model.kv_cache import read_at
+from gpt2.model.kv_cache import forward_with_attention
 
 PREFIX, PADDING = 0, -1  # values in PackedBatch.branch
 
@@ -87,4 +87,4 @@ def hidden_states(model: GPT, batch: PackedBatch) -> Tensor:
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    return read_at(model, batch.idx, batch.positions, attend)
+    return forward_with_attention(model, batch.idx, batch.positions, attend)

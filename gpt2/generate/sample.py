@@ -1,71 +1,80 @@
-"""Text from a trained model: one prompt or many, streamed or whole, the same for the same seed.
+"""Text from a trained model, for one prompt or several, streamed; reproducible by its seed.
 
     python -m gpt2.generate FOLDER --prompt "Once upon a time" [--tokens 200 --temperature 0.8 --top-k 50 --top-p 0.9]
-    python -m gpt2.generate FOLDER --file prompts.txt      one prompt a line, continued side by side
-    python -m gpt2.generate FOLDER --interactive           continue what is typed
-    python -m gpt2.generate FOLDER --chat                  the same, laid out as a conversation
+    python -m gpt2.generate FOLDER --file prompts.txt      one prompt per line, continued in parallel
+    python -m gpt2.generate FOLDER --interactive           continue each line of input
+    python -m gpt2.generate FOLDER --chat                  the same, formatted as a conversation
 
-FOLDER is a checkpoint of ours, a Hugging Face folder, a llm.c file, or the directory of a finished stage with a model.
+FOLDER is a checkpoint, a Hugging Face folder, a llm.c file, or the directory of a finished stage with a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import codecs
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from gpt2.errors import UserError
-from gpt2.generate.generation import Choice, Generation, generate
+from gpt2.generate.generation import Generation, SamplingParams
 from gpt2.model.gpt import GPT
 from gpt2.model.load import load_any, pick_device
 from gpt2.tokenizer import EOT, gpt2_encoding
 
-__all__ = ["TextPieces", "encode_prompt", "generate", "stream", "stream_batch"]
 
-
-class TextPieces:
-    """From tokens to text that may be shown: whole characters only, and nothing that may turn out to be the beginning
-    of a stop string."""
+class IncrementalDetokenizer:
+    """Converts tokens to text as they arrive: whole characters only, and no text that may begin a stop string."""
 
     def __init__(self, stop: Sequence[str] = ()) -> None:
         self.stop = [text for text in stop if text]
         self.ended = False
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may end inside a character
-        self._held = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a token may split a character
+        self._pending = ""
 
     def add(self, token: int) -> str:
-        """The text that this token makes certain; "" while there is none."""
+        """The text that is complete with this token; may be empty."""
         if self.ended:
             return ""
         if token == EOT:
             self.ended = True
-            return self.rest()
+            return self.flush()
         return self._release(self._decoder.decode(gpt2_encoding().decode_single_token_bytes(token)))
 
-    def rest(self) -> str:
-        """What was held back, when no more tokens come."""
+    def flush(self) -> str:
+        """The remaining text, after the last token."""
         text = self._release(self._decoder.decode(b"", final=True))
-        held, self._held = self._held, ""
-        return text + held
+        pending, self._pending = self._pending, ""
+        return text + pending
 
     def _release(self, new: str) -> str:
-        text = self._held + new
-        found = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
-        if found:
-            self.ended, self._held = True, ""
-            return text[: min(found)]
-        # the longest end of the text that begins a stop string
+        text = self._pending + new
+        stops = [index for index in (text.find(stop) for stop in self.stop) if index >= 0]
+        if stops:
+            self.ended, self._pending = True, ""
+            return text[: min(stops)]
+        # the longest suffix of the text that is a prefix of a stop string
         keep = max((n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._held = text[len(text) - keep :]
+        self._pending = text[len(text) - keep :]
         return text[: len(text) - keep]
 
 
 def encode_prompt(text: str) -> list[int]:
-    """Token ids of a prompt; a text of its own begins after <|endoftext|>, so that stands for the empty prompt, and it
-    may be written out in the text."""
+    """Token ids of a prompt, which may contain <|endoftext|>. The empty prompt becomes <|endoftext|>, which precedes
+    every document in the training data."""
     return gpt2_encoding().encode(text, allowed_special={"<|endoftext|>"}) or [EOT]
+
+
+class StreamOptions(TypedDict, total=False):
+    """Further options of `stream_batch` and `stream`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    cache: bool
+    cuda_graph: bool
 
 
 def stream_batch(
@@ -73,39 +82,35 @@ def stream_batch(
     prompts: Sequence[str],
     n_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
-    cache: bool = True,
-    cuda_graph: bool = False,
+    **options: Unpack[StreamOptions],
 ) -> Iterator[tuple[int, str]]:
-    """Continue several prompts at once; (index of the prompt, piece of text) as they come.
+    """Continue several prompts in parallel; yields (index of the prompt, new text).
 
-    Prompt i gets what it would get alone with seed + i, to rounding. A text ends at <|endoftext|>, which is not shown,
-    or before a stop string.
+    Prompt i gets the same text as alone with seed + i, up to rounding. A text ends before <|endoftext|> or a stop
+    string.
     """
     generation = Generation(
         model,
         [encode_prompt(prompt) for prompt in prompts],
         n_tokens,
-        Choice(temperature, top_k, top_p),
-        seeds=[seed + i for i in range(len(prompts))],
+        SamplingParams(options.get("temperature", 1.0), options.get("top_k"), options.get("top_p")),
+        seeds=range(seed, seed + len(prompts)),
         stop=[EOT],
-        cache=cache,
-        cuda_graph=cuda_graph,
+        cache=options.get("cache", True),
+        cuda_graph=options.get("cuda_graph", False),
     )
-    pieces = [TextPieces(stop) for _ in prompts]
+    detokenizers = [IncrementalDetokenizer(stop) for _ in prompts]
     for tokens in generation:
         for row, token in enumerate(tokens):
             if token is None:
                 continue
-            if text := pieces[row].add(token):
+            if text := detokenizers[row].add(token):
                 yield row, text
-            generation.ended[row] = pieces[row].ended
-    for row, piece in enumerate(pieces):
-        if not piece.ended and (text := piece.rest()):
+            generation.ended[row] = detokenizers[row].ended
+    for row, detokenizer in enumerate(detokenizers):
+        if not detokenizer.ended and (text := detokenizer.flush()):
             yield row, text
 
 
@@ -114,40 +119,24 @@ def stream(
     prompt: str,
     n_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int = 0,
     stop: Sequence[str] = (),
-    cache: bool = True,
-    cuda_graph: bool = False,
+    **options: Unpack[StreamOptions],
 ) -> Iterator[str]:
-    """Continue one prompt; pieces of text as they come, each of whole characters. See `stream_batch`."""
-    batch = stream_batch(
-        model,
-        [prompt],
-        n_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        cache=cache,
-        cuda_graph=cuda_graph,
-    )
-    for _, text in batch:
+    """Continue one prompt; yields new text, in whole characters. See `stream_batch`."""
+    for _, text in stream_batch(model, [prompt], n_tokens, seed=seed, stop=stop, **options):
         yield text
 
 
 def converse(
     lines: Iterator[str], write: Callable[[str], None], continue_: Callable[[str], Iterator[str]], *, chat: bool
 ) -> None:
-    """Read a line, write how the model continues everything said so far, again and again.
+    """For each line, append it to the text so far, then write and append the model's continuation.
 
     Args:
         continue_: text so far -> pieces of its continuation.
-        chat: lay the text out as a conversation. A model that was only pretrained answers as the text of some
-            conversation might go on; it was never taught to follow instructions.
+        chat: format the text as a conversation. A pretrained model imitates a conversation; it does not follow
+            instructions.
     """
     text = ""
     for line in lines:
@@ -161,11 +150,11 @@ def converse(
 
 def _folder(recipe: str | None, words: list[str]) -> Path:
     if recipe is not None:
-        from gpt2.runs import find  # a served model has no store
+        from gpt2.runs import find  # not needed by a served model, which has no store
 
         return find(recipe, words)
     if len(words) != 1:
-        raise UserError(f"one model is needed, {len(words)} are given: name its folder, or --recipe NAME")
+        raise UserError(f"expected one model folder, got {len(words)}: give its path, or --recipe NAME")
     return Path(words[0])
 
 
@@ -175,26 +164,32 @@ def main(argv: Sequence[str] | None = None) -> None:
         "model",
         nargs="*",
         metavar="folder",
-        help="ours, Hugging Face's, or a llm.c file; with --recipe: field=value ...",
+        help="checkpoint, Hugging Face folder or llm.c file; with --recipe: field=value ...",
     )
-    parser.add_argument("--recipe", help="the model that this recipe trained, with the overrides given")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", default="", help='text to continue; "" begins a document')
-    what.add_argument("--file", type=Path, help="prompts, one a line")
-    what.add_argument("--interactive", action="store_true", help="continue what is typed")
-    what.add_argument("--chat", action="store_true", help="the same, laid out as a conversation")
-    parser.add_argument("--tokens", type=int, default=200, help="at most so many new tokens (default 200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest (default 0.8)")
-    parser.add_argument("--top-k", type=int, help="only the so many likeliest tokens")
-    parser.add_argument("--top-p", type=float, help="only the likeliest tokens that reach this probability together")
+    parser.add_argument("--recipe", help="use the model trained by this recipe, with the given overrides")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default="", help='text to continue; "" begins a document')
+    prompt.add_argument("--file", type=Path, help="prompts, one per line")
+    prompt.add_argument("--interactive", action="store_true", help="continue each line of input")
+    prompt.add_argument("--chat", action="store_true", help="the same, formatted as a conversation")
+    parser.add_argument("--tokens", type=int, default=200, help="maximum number of new tokens (default 200)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
+    parser.add_argument("--top-k", type=int, help="restrict to the k most likely tokens")
+    parser.add_argument(
+        "--top-p", type=float, help="restrict to the most likely tokens that reach this cumulative probability"
+    )
     parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--stop", action="append", default=[], help="end before this text; may be repeated")
-    parser.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
-    parser.add_argument("--no-cache", action="store_true", help="recompute everything for each token; for comparison")
+    parser.add_argument("--stop", action="append", default=[], help="end before this text; repeatable")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if present), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help="run the model over the whole window for each token (slow; for comparison)",
+    )
     args = parser.parse_intermixed_args(argv)
 
     model = load_any(_folder(args.recipe, args.model), pick_device(args.device))
-    options = {
+    options: StreamOptions = {
         "temperature": args.temperature,
         "top_k": args.top_k,
         "top_p": args.top_p,
@@ -207,17 +202,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.interactive or args.chat:
         stop = [*args.stop, *(["\nYou:"] if args.chat else [])]
-        turn = iter(range(args.seed, sys.maxsize))  # each turn its own seed, or every answer would repeat the dice
+        seeds = itertools.count(args.seed)  # a new seed per turn, so that answers differ
 
         def continue_(text: str) -> Iterator[str]:
-            return stream(model, text, args.tokens, seed=next(turn), stop=stop, **options)
+            return stream(model, text, args.tokens, seed=next(seeds), stop=stop, **options)
 
-        converse(_typed(), write, continue_, chat=args.chat)
+        converse(_input_lines(), write, continue_, chat=args.chat)
     elif args.file:
         try:
             prompts = args.file.read_text(encoding="utf-8").splitlines()
         except FileNotFoundError:
-            raise UserError(f"{args.file}: no such file; give one with a prompt on each line") from None
+            raise UserError(f"{args.file}: no such file; give a file with one prompt per line") from None
         texts = [""] * len(prompts)
         for row, piece in stream_batch(model, prompts, args.tokens, seed=args.seed, stop=args.stop, **options):
             texts[row] += piece
@@ -230,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write("\n")
 
 
-def _typed() -> Iterator[str]:
+def _input_lines() -> Iterator[str]:
     while True:
         try:
             yield input("> " if sys.stdin.isatty() else "")

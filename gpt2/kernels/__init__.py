@@ -1,2 +1,2 @@
-"""The work of a GPT-2 step, one kind a module: each with what the GPU runs and a plain torch version of the same
-function, which a CPU runs."""
+"""The operations of a training step, one per module: a Triton kernel or library call for GPUs, and the same function in
+plain PyTorch for CPUs."""

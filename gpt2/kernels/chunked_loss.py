@@ -1,8 +1,7 @@
-"""The loss on a CPU, without ever holding the logits of a whole micro-batch.
+"""The loss on a CPU in chunks, so that the logits of a whole micro-batch never exist.
 
-GPT-2's vocabulary makes a small model's logits its largest tensor by far: 2,048 positions are 412 MB, and the plain
-path makes several such, each in memory that the system first has to find. Here a piece of them at a time is made in
-one buffer, and the gradient is taken in the forward pass, while the piece is there.
+Logits are the largest tensor of a small model: 412 MB for 2,048 positions, and the reference path allocates several.
+Here one buffer holds a chunk at a time, and the forward pass also computes the chunk's gradient.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from gpt2.model.gpt import GPT, IGNORE
 
 CHUNK = 128
-"""positions at a time: 26 MB of logits, which the allocator keeps between uses"""
+"""positions per chunk: 26 MB of logits, which the allocator reuses"""
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy under the tied head, and its gradients."""
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The tied head and the mean cross-entropy, with gradients for both factors."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -31,15 +30,15 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + CHUNK)
             hidden, target = x[part], targets[part]
             padded = torch.mm(hidden, weight.t(), out=buffer[: len(hidden)])  # (n, V padded)
-            logits, at = padded[:, :vocab_size], target.clamp_min(0)[:, None]
+            logits, index = padded[:, :vocab_size], target.clamp_min(0)[:, None]
             logits -= logits.amax(dim=1, keepdim=True)
-            chosen = logits.gather(1, at)
+            target_logit = logits.gather(1, index)
             total = logits.exp_().sum(dim=1, keepdim=True)
-            losses.append(torch.where(target == IGNORE, 0.0, (total.log() - chosen)[:, 0]))
-            if any(ctx.needs_input_grad):  # softmax - one-hot, of the scored positions' mean
-                share = (target != IGNORE)[:, None].to(x.dtype) / scored
-                logits *= share / total
-                logits.scatter_add_(1, at, -share)
+            losses.append(torch.where(target == IGNORE, 0.0, (total.log() - target_logit)[:, 0]))
+            if any(ctx.needs_input_grad):  # (softmax - one-hot) / scored
+                weight_per_row = (target != IGNORE)[:, None].to(x.dtype) / scored
+                logits *= weight_per_row / total
+                logits.scatter_add_(1, index, -weight_per_row)
                 padded[:, vocab_size:] = 0
                 torch.mm(padded, weight, out=dx[part])
                 dweight.addmm_(padded.t(), hidden)
@@ -52,9 +51,9 @@ class _HeadLoss(torch.autograd.Function):
         return dx.mul_(dloss), dweight.mul_(dloss), None, None
 
 
-class ChunkedLoss(nn.Module):
-    """(idx (B, T), targets (B, T)) -> mean loss in nats over the targets that are not -1, as `GPT` gives it up to
-    rounding, over the parameters of `model`."""
+class ChunkedLossGPT(nn.Module):
+    """(idx (B, T), targets (B, T)) -> mean loss in nats over the targets that are not -1, on `model`'s parameters;
+    equals `model`'s loss up to rounding."""
 
     def __init__(self, model: GPT) -> None:
         super().__init__()
@@ -62,4 +61,6 @@ class ChunkedLoss(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         x = self.model.hidden(idx).flatten(0, 1)  # (B T, C)
-        return _HeadLoss.apply(x, self.model.transformer.wte.weight, targets.flatten(), self.model.config.vocab_size)
+        return _LinearCrossEntropy.apply(
+            x, self.model.transformer.wte.weight, targets.flatten(), self.model.config.vocab_size
+        )

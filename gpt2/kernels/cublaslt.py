@@ -1,11 +1,11 @@
-"""cuBLASLt through ctypes: matrix products with the epilogues that torch does not offer.
+"""cuBLASLt through ctypes: matrix products with epilogues that torch does not expose.
 
-torch ships and loads the library; what it leaves out is GELU with its input kept, GELU's gradient, a residual added on
-the way out, fp32 sums of bf16 products accumulated in place, and the choice among algorithms by measurement. Constants
-and structures are those of cublasLt.h, the same in CUDA 12 and 13.
+torch loads the library but lacks GELU that also stores its input, GELU's gradient, an added residual, in-place fp32
+accumulation of bf16 products, and algorithm selection by measurement. Constants and structures are from cublasLt.h,
+identical in CUDA 12 and 13.
 
-All matrices are row-major, as torch has them. cuBLASLt thinks in columns, so it is asked for the transpose:
-row-major D (m, n) = A B is column-major D^T (n, m) = B^T A^T.
+All matrices are row-major, as in torch. cuBLASLt is column-major, so it computes the transpose: row-major
+D (m, n) = A B is column-major D^T (n, m) = B^T A^T.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt2.kernels import autotune_cache as choices
+from gpt2.kernels import autotune_cache
 
 DEFAULT, BIAS, GELU_AUX_BIAS, DGELU = 1, 4, 164, 192  # cublasLtEpilogue_t
 _COMPUTE_32F, _R_32F, _R_16BF, _R_8F_E4M3, _R_8F_E5M2 = 68, 0, 14, 28, 29
 _POINTER_MODE, _TRANSA, _TRANSB, _EPILOGUE, _BIAS_POINTER, _AUX_POINTER, _AUX_LD = 2, 3, 4, 7, 8, 11, 12
 _FAST_ACCUM, _BIAS_TYPE = 25, 26
-_MAX_WORKSPACE = 1  # of cublasLtMatmulPreferenceAttributes_t
+_MAX_WORKSPACE = 1  # cublasLtMatmulPreferenceAttributes_t
 _TYPES = {
     torch.float32: _R_32F,
     torch.bfloat16: _R_16BF,
     torch.float8_e4m3fn: _R_8F_E4M3,
     torch.float8_e5m2: _R_8F_E5M2,
 }
-WORKSPACE_BYTES = 64 << 20  # split-K keeps its parts here; NVIDIA advises 32 MiB or more for Hopper
-_ALGORITHM = struct.Struct("8Q")  # cublasLtMatmulAlgo_t, which may be kept for the same version of the library
+WORKSPACE_BYTES = 64 << 20  # for split-K; NVIDIA recommends 32 MiB or more for Hopper
+_ALGORITHM = struct.Struct("8Q")  # cublasLtMatmulAlgo_t; serializable for one version of the library
 CANDIDATES = 8
-CLOSE = 1.01  # an algorithm later in the library's own order must be faster than by this
+TIE_RATIO = 1.01  # times within this factor are a tie: the library's own order decides
 
 
 class _Heuristic(ctypes.Structure):
@@ -56,12 +56,12 @@ class _Heuristic(ctypes.Structure):
 
 
 class CublasLtError(RuntimeError):
-    """The library said no: a status other than 0, or no algorithm for what was asked."""
+    """A call returned a nonzero status, or no algorithm supports the product."""
 
 
 @dataclass
 class _Plan:
-    """What one kind of product needs again and again."""
+    """The descriptors and the algorithm of one kind of product."""
 
     desc: c_void_p
     layouts: tuple[c_void_p, c_void_p, c_void_p]
@@ -70,7 +70,7 @@ class _Plan:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The cuBLASLt that torch has loaded into this process, or None."""
+    """The cuBLASLt library that torch has loaded into this process, or None."""
     try:
         maps = Path("/proc/self/maps").read_text()
         path = next(word for word in maps.split() if "libcublasLt.so" in word)
@@ -85,7 +85,7 @@ def _check(status: int, what: str) -> None:
 
 
 class CublasLt:
-    """A handle, its workspace and the plans made so far, for one device and stream order."""
+    """A handle with its workspace and cached plans, for one device; calls must be ordered on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         lib = library()
@@ -117,16 +117,16 @@ class CublasLt:
         """out = epilogue(scale * op(a) @ op(b) + add); out is returned.
 
         Args:
-            a, b: 2-D bf16 with unit stride in the last dimension; op transposes where trans_* says so. Or 8-bit floats,
-                at most one of them e5m2, with trans_b alone and all sizes multiples of 16.
+            a, b: 2-D bf16 with unit stride in the last dimension, transposed by op if trans_* is set. Or 8-bit floats,
+                at most one of them e5m2, with trans_b only and all sizes multiples of 16.
             out: (m, n) contiguous, bf16 or fp32.
-            add: (m, n), of out's type; may be `out` itself, which is then accumulated into.
+            add: (m, n), of out's type; pass `out` itself to accumulate.
             scale: one fp32 element on the device.
-            fast: of 8-bit floats: sums may be kept in fewer bits than fp32 has.
+            fast: for 8-bit floats, allow accumulation with fewer bits than fp32.
             epilogue: BIAS, GELU_AUX_BIAS (also writes the sum with the bias to `aux`) or DGELU (`aux` is that sum).
 
         Raises:
-            CublasLtError: the library has no algorithm for this.
+            CublasLtError: no algorithm supports this product.
         """
         m, n = out.shape
         k = a.size(0) if trans_a else a.size(1)
@@ -167,13 +167,13 @@ class CublasLt:
     ) -> _Plan:  # fmt: skip
         desc = c_void_p()
         _check(self._lib.cublasLtMatmulDescCreate(byref(desc), c_int(_COMPUTE_32F), c_int(_R_32F)), "DescCreate")
-        self._set(desc, _TRANSA, c_int32(trans_b))  # our b is the library's A
+        self._set(desc, _TRANSA, c_int32(trans_b))  # b is the library's A
         self._set(desc, _TRANSB, c_int32(trans_a))
         self._set(desc, _EPILOGUE, c_uint32(epilogue))
         if fast:
             self._set(desc, _FAST_ACCUM, c_int8(1))
         if scale is not None:
-            self._set(desc, _POINTER_MODE, c_int32(1))  # alpha and beta lie on the device
+            self._set(desc, _POINTER_MODE, c_int32(1))  # alpha and beta are on the device
         if aux is not None:
             self._set(desc, _AUX_LD, c_int64(aux.stride(0)))
         if bias is not None:
@@ -185,27 +185,27 @@ class CublasLt:
         def run(plan: _Plan) -> Callable[[], None]:
             return lambda: self._launch(plan, a, b, scratch, add, scale)
 
-        question = {"what": "product", "key": key, "gpu": self._gpu, "cublaslt": self._lib.cublasLtGetVersion()}
-        kept = choices.recall(question)
-        if kept is not None:
-            with suppress(ValueError, struct.error, CublasLtError):  # not what it was: measured again below
-                plan = _Plan(desc, layouts, _Heuristic(algo=(c_uint64 * 8)(*_ALGORITHM.unpack(bytes.fromhex(kept)))))
+        cache_key = {"what": "product", "key": key, "gpu": self._gpu, "cublaslt": self._lib.cublasLtGetVersion()}
+        cached = autotune_cache.load(cache_key)
+        if cached is not None:
+            with suppress(ValueError, struct.error, CublasLtError):  # no longer valid: measured again below
+                plan = _Plan(desc, layouts, _Heuristic(algo=(c_uint64 * 8)(*_ALGORITHM.unpack(bytes.fromhex(cached)))))
                 run(plan)()
                 return plan
         preference = c_void_p()
         _check(self._lib.cublasLtMatmulPreferenceCreate(byref(preference)), "PreferenceCreate")
         limit = c_size_t(WORKSPACE_BYTES)
         self._lib.cublasLtMatmulPreferenceSetAttribute(preference, _MAX_WORKSPACE, byref(limit), c_size_t(8))
-        found, count = (_Heuristic * CANDIDATES)(), c_int(0)
+        candidates, count = (_Heuristic * CANDIDATES)(), c_int(0)
         status = self._lib.cublasLtMatmulAlgoGetHeuristic(
-            self._handle, desc, layouts[0], layouts[1], layouts[2], layouts[2], preference, c_int(CANDIDATES), found,
-            byref(count),
+            self._handle, desc, layouts[0], layouts[1], layouts[2], layouts[2], preference, c_int(CANDIDATES),
+            candidates, byref(count),
         )  # fmt: skip
         self._lib.cublasLtMatmulPreferenceDestroy(preference)
         _check(status, f"cublasLtMatmulAlgoGetHeuristic (epilogue {epilogue}, {tuple(a.shape)} x {tuple(b.shape)})")
-        plans = [_Plan(desc, layouts, found[i]) for i in range(count.value) if found[i].state == 0]
-        best = fastest(plans, run)
-        choices.remember(question, _ALGORITHM.pack(*best.algo.algo).hex())
+        plans = [_Plan(desc, layouts, result) for result in candidates[: count.value] if result.state == 0]
+        best = select_fastest(plans, run)
+        autotune_cache.store(cache_key, _ALGORITHM.pack(*best.algo.algo).hex())
         return best
 
     def _launch(self, plan: _Plan, a: Tensor, b: Tensor, out: Tensor, add: Tensor | None, scale: Tensor | None) -> None:
@@ -225,29 +225,29 @@ class CublasLt:
         _check(status, "cublasLtMatmul")
 
 
-def fastest(plans: list[_Plan], run: Callable[[_Plan], Callable[[], None]]) -> _Plan:
-    """The first plan within CLOSE of the quickest; those that fail are left out.
+def select_fastest(plans: list[_Plan], run: Callable[[_Plan], Callable[[], None]]) -> _Plan:
+    """The first plan within TIE_RATIO of the fastest, without those that fail.
 
-    Where torch is asked for deterministic algorithms, the first that works: measurements are not the same twice.
+    With deterministic algorithms, the first plan that works, because measurements vary.
 
     Raises:
-        CublasLtError: none works.
+        CublasLtError: all plans fail.
     """
     times = []
     for plan in plans:
         try:
-            times.append(milliseconds(run(plan)))
+            times.append(time_ms(run(plan)))
         except CublasLtError:
             times.append(float("inf"))
     best = min(times, default=float("inf"))
     if best == float("inf"):
         raise CublasLtError("no algorithm works for this product")
-    limit = sys.float_info.max if torch.are_deterministic_algorithms_enabled() else best * CLOSE
+    limit = sys.float_info.max if torch.are_deterministic_algorithms_enabled() else best * TIE_RATIO
     return next(plan for plan, ms in zip(plans, times, strict=True) if ms <= limit)
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """The GPU's time for one call: the least of several, each between two events."""
+def time_ms(run: Callable[[], object], repeats: int = 5) -> float:
+    """GPU time of one call in ms: the minimum over `repeats` calls, each timed by a pair of CUDA events."""
     run()
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:

@@ -1,7 +1,7 @@
-"""Token plus position embeddings out of fp32 masters, and the gradient added into fp32."""
+"""Token plus position embeddings from fp32 master weights; gradients accumulate in fp32."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# (the arguments of Triton kernels are pointers and numbers of its own)
+# (arguments of Triton kernels are Triton's own types)
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gpt2.kernels.triton_or_none import tl, triton, usable
 
 
 def forward(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor:
-    """wte[idx] + wpe[position]: (B, T) int64 -> (B * T, C) of `dtype`, summed in the masters' type."""
+    """wte[idx] + wpe[position]: (B, T) int64 -> (B * T, C) of `dtype`, summed in the weights' type."""
     B, T = idx.shape
     C = wte.size(1)
     if not usable(wte):
@@ -23,10 +23,10 @@ def forward(idx: Tensor, wte: Tensor, wpe: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def backward_(dx: Tensor, idx: Tensor, dwte: Tensor, dwpe: Tensor) -> None:
-    """Add the gradients of `forward` into `dwte` (V, C) and `dwpe` (block_size, C), fp32.
+    """Accumulate the gradients of `forward` into `dwte` (V, C) and `dwpe` (block_size, C), fp32.
 
-    The order in which the GPU adds the rows of one token is not fixed, so the last bits may differ between runs; where
-    torch is asked for deterministic algorithms its own backward pass is used, which sorts the tokens first.
+    The kernel's atomic additions have no fixed order, so the last bits may differ between runs. With deterministic
+    algorithms, torch's own backward pass is used, which sorts the tokens first.
 
     Args:
         dx: (B * T, C); idx: (B, T).
@@ -35,7 +35,7 @@ def backward_(dx: Tensor, idx: Tensor, dwte: Tensor, dwpe: Tensor) -> None:
     C = dx.size(1)
     dwpe[:T] += dx.view(B, T, C).sum(0, dtype=dwpe.dtype)
     if torch.are_deterministic_algorithms_enabled():
-        rows = dx.to(dwte.dtype)  # the sum is rounded to the type of what is summed
+        rows = dx.to(dwte.dtype)  # torch rounds the sum to the type of its input
         dwte += torch.ops.aten.embedding_dense_backward(rows, idx.flatten(), dwte.size(0), -1, False)
     elif usable(dx):
         _embedding_backward[(B * T,)](dx, idx, dwte, C=C, BLOCK=triton.next_power_of_2(C), num_warps=2)

@@ -1,13 +1,15 @@
-"""The faster path through the same parameters: GPT-2 with its forward and backward passes written by hand.
+"""GPT-2's training step with hand-written forward and backward passes, over the parameters of a `GPT`.
 
-Activations and the weights that the matrix products read are bf16; the master parameters, their gradients, LayerNorm's
-statistics, the softmax and every sum over the batch are fp32. docs/speed.md says what each part gained.
+This second forward pass exists for speed: it trains faster than the compiled reference (docs/speed.md, part by part).
 
-For the loop that trains through it:
-- zero the gradients with `set_to_none=True`: the first micro-step of a step then renews the bf16 weights and writes
-  gradients instead of adding to them; whoever keeps them (in a flat buffer, say) has to move the weights' versions
-  after a change that autograd does not see, as `Replicas.step` does;
-- accumulate by calling backward on `loss / grad_accum_steps` once a micro-step (under DDP's no_sync but for the last);
+Activations and the weights that matrix products read are bf16; master parameters, their gradients, LayerNorm
+statistics, softmax and sums over the batch are fp32.
+
+Requirements on the training loop:
+- `zero_grad(set_to_none=True)`: the first micro-step of a step then refreshes the bf16 weights and overwrites gradients
+  instead of accumulating. Code that keeps `.grad` (such as a flat buffer) must increment the weights' version counters
+  after an update that autograd does not see, as `Replicas.step` does.
+- gradient accumulation: backward on `loss / grad_accum_steps` per micro-step (with DDP's no_sync except for the last);
 - `torch.optim.AdamW(..., fused=True)`.
 """
 
@@ -21,69 +23,78 @@ from torch import Tensor, nn
 
 from gpt2.config.run import ModelConfig, Runtime
 from gpt2.kernels import attention, cross_entropy, cublaslt, embedding, layer_norm, linear, triton_or_none
-from gpt2.kernels.block import UNITS_KEPT, BlockFunction, Engine, Recompute, Weights, add_to, give, take
+from gpt2.kernels.block import (
+    UNITS_SAVED,
+    BlockFunction,
+    BlockWeights,
+    Kernels,
+    Recompute,
+    accumulate_grads,
+    as_new_tensor,
+    grad_buffer,
+)
 from gpt2.kernels.block import forward as block_forward
-from gpt2.kernels.chunked_loss import ChunkedLoss
-from gpt2.kernels.head import Fp8Head, Head, eight_bit_obstacle, try_products
+from gpt2.kernels.chunked_loss import ChunkedLossGPT
+from gpt2.kernels.head import Fp8Head, Head, fp8_unsupported_reason, try_fp8_products
 from gpt2.model.gpt import GPT, IGNORE, LAYER_NORM_EPS
 
 EVAL_CHUNK = 16_384
-"""positions whose logits exist at a time when only losses are wanted: 1.6 GB in bf16"""
+"""positions per chunk of logits when no gradient is computed: 1.6 GB in bf16"""
 
 
 class _Embed(torch.autograd.Function):
-    """Token and position embeddings. Last in the backward pass, it hands over the head's part of wte's gradient."""
+    """Token and position embeddings. Its backward pass runs last and completes wte's gradient, begun by the head."""
 
     @staticmethod
-    def forward(ctx: Any, owner: FastGPT, idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
-        ctx.owner = owner
+    def forward(ctx: Any, model: FusedGPT, idx: Tensor, wte: Tensor, wpe: Tensor) -> Tensor:
+        ctx.model = model
         ctx.save_for_backward(idx)
-        return embedding.forward(idx, wte, wpe, owner.dtype)
+        return embedding.forward(idx, wte, wpe, model.dtype)
 
     @staticmethod
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor | None, ...]:
         (idx,) = ctx.saved_tensors
-        dwte, ctx.owner.dwte = ctx.owner.dwte, None
-        ctx.owner.engine.passing = None
-        dwpe, holds = take(ctx.owner.wpe)
-        if not holds:
+        dwte, ctx.model.dwte = ctx.model.dwte, None
+        ctx.model.kernels.last_dx = None
+        dwpe, accumulate = grad_buffer(ctx.model.wpe)
+        if not accumulate:
             dwpe.zero_()
         embedding.backward_(dx, idx, dwte, dwpe)
-        return None, None, give(dwte), give(dwpe)
+        return None, None, as_new_tensor(dwte), as_new_tensor(dwpe)
 
 
 class _Head(torch.autograd.Function):
     """The last LayerNorm, the tied head and the mean cross-entropy."""
 
     @staticmethod
-    def forward(ctx: Any, owner: FastGPT, x: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
-        h, mean, rstd = layer_norm.forward(x, owner.ln_f.weight, owner.ln_f.bias, LAYER_NORM_EPS)
+    def forward(ctx: Any, model: FusedGPT, x: Tensor, targets: Tensor, *parameters: Tensor) -> Tensor:
+        h, mean, rstd = layer_norm.forward(x, model.ln_f.weight, model.ln_f.bias, LAYER_NORM_EPS)
         scored = (targets != IGNORE).sum().to(torch.promote_types(x.dtype, torch.float32)).clamp_min(1)
-        losses, ctx.from_head = owner.head.losses(h, targets, scored)
-        ctx.owner = owner
+        losses, ctx.head_saved = model.head.losses(h, targets, scored)
+        ctx.model = model
         ctx.save_for_backward(x, mean, rstd)
         return losses.sum() / scored
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        owner, (x, mean, rstd) = ctx.owner, ctx.saved_tensors
-        from_head, ctx.from_head = ctx.from_head, None
-        owner.dwte, holds = take(owner.wte)
-        dh = owner.head.backward(from_head, owner.dwte, holds, dloss)
-        del from_head
-        dx, dweight, dbias, dx_sum = layer_norm.backward(dh, None, x, mean, rstd, owner.ln_f.weight, scale=dloss)
-        owner.engine.passing = dx, dx_sum
-        dweight, dbias = add_to([owner.ln_f.weight, owner.ln_f.bias], [dweight, dbias])
+        model, (x, mean, rstd) = ctx.model, ctx.saved_tensors
+        head_saved, ctx.head_saved = ctx.head_saved, None
+        model.dwte, accumulate = grad_buffer(model.wte)
+        dh = model.head.backward(head_saved, model.dwte, accumulate, dloss)
+        del head_saved
+        dx, dweight, dbias, dx_sum = layer_norm.backward(dh, None, x, mean, rstd, model.ln_f.weight, scale=dloss)
+        model.kernels.last_dx = dx, dx_sum
+        dweight, dbias = accumulate_grads([model.ln_f.weight, model.ln_f.bias], [dweight, dbias])
         return None, dx, None, dweight, dbias, None
 
 
-class FastGPT(nn.Module):
-    """(idx (B, T), targets (B, T)) -> mean loss, over the parameters of `model`; DDP may wrap it.
+class FusedGPT(nn.Module):
+    """(idx (B, T), targets (B, T)) -> mean loss in nats, on the parameters of `model`; can be wrapped in DDP.
 
     Args:
-        recompute: what the backward pass computes again; None decides by the memory that is free at the first batch.
-        dtype: of activations and matrix products; the parameters' own in tests.
-        head: how the head's products are made.
+        recompute: what the backward pass recomputes; None: decided by the free memory at the first batch.
+        dtype: of activations and matrix products.
+        head: bf16 or 8-bit products in the head.
     """
 
     def __init__(
@@ -101,23 +112,23 @@ class FastGPT(nn.Module):
             model.transformer.wpe.weight,
             model.transformer.ln_f,
         )
-        self.dwte: Tensor | None = None  # wte's gradient on its way from the head to the embedding
+        self.dwte: Tensor | None = None  # the head's part of wte's gradient, until the embedding adds its own
         self._products, self._recompute = products, recompute
-        self._engine: Engine | None = None
+        self._kernels: Kernels | None = None
         self._versions: list[int] = []
-        vectors = (".ln_", "ln_f", "wpe")  # read as they are
+        fp32 = (".ln_", "ln_f", "wpe")  # used without a copy
         self._masters: list[Tensor] = [
-            p for name, p in model.named_parameters() if not any(part in name for part in vectors)
+            p for name, p in model.named_parameters() if not any(part in name for part in fp32)
         ]
         self._copies = [p.detach() if p.dtype == dtype else torch.empty_like(p, dtype=dtype) for p in self._masters]
         copies = dict(zip(self._masters, self._copies, strict=True))
         self.head = head(products, copies[self.wte], self.config.vocab_size)
-        self._blocks = [Weights(block, copies) for block in model.blocks]
+        self._blocks = [BlockWeights(block, copies) for block in model.blocks]
 
     @property
-    def engine(self) -> Engine:
-        assert self._engine is not None, "no batch has been seen yet"
-        return self._engine
+    def kernels(self) -> Kernels:
+        assert self._kernels is not None, "available after the first batch"
+        return self._kernels
 
     def forward(self, idx: Tensor, targets: Tensor) -> Tensor:
         """Mean loss over the targets that are not -1, in nats."""
@@ -126,7 +137,7 @@ class FastGPT(nn.Module):
         self._prepare(idx)
         x = _Embed.apply(self, idx, self.wte, self.wpe)
         for w in self._blocks:
-            x = BlockFunction.apply(x, w, self.engine, idx.size(0), *w.matrices, *w.vectors)
+            x = BlockFunction.apply(x, w, self.kernels, idx.size(0), *w.matrices, *w.vectors)
         return _Head.apply(self, x, targets.flatten(), self.ln_f.weight, self.ln_f.bias, self.wte)
 
     @torch.no_grad()
@@ -135,17 +146,19 @@ class FastGPT(nn.Module):
         self._prepare(idx)
         x = embedding.forward(idx, self.wte, self.wpe, self.dtype)
         for w in self._blocks:
-            x, _ = block_forward(x, w, self.engine, idx.size(0))
+            x, _ = block_forward(x, w, self.kernels, idx.size(0))
         h, _, _ = layer_norm.forward(x, self.ln_f.weight, self.ln_f.bias, LAYER_NORM_EPS)
         return h.view(*idx.shape, -1)
 
     @torch.no_grad()
     def token_losses(self, idx: Tensor, targets: Tensor) -> Tensor:
-        """Losses (B, T) fp32 in nats, 0 where the target is -1; stands in for `scoring.token_losses`."""
-        h, flat = self.hidden(idx).flatten(0, 1), targets.flatten()
+        """Losses (B, T) fp32 in nats, 0 where the target is -1; replaces `scoring.token_losses`."""
+        h = self.hidden(idx).flatten(0, 1)
         losses = [
-            cross_entropy.losses(self.engine.linear.forward(part, self.head.weight), wanted, self.config.vocab_size)
-            for part, wanted in zip(h.split(EVAL_CHUNK), flat.split(EVAL_CHUNK), strict=True)
+            cross_entropy.losses(
+                self.kernels.linear.forward(h_chunk, self.head.weight), target_chunk, self.config.vocab_size
+            )
+            for h_chunk, target_chunk in zip(h.split(EVAL_CHUNK), targets.flatten().split(EVAL_CHUNK), strict=True)
         ]
         return torch.cat(losses).view_as(targets)
 
@@ -153,43 +166,45 @@ class FastGPT(nn.Module):
         B, T = idx.shape
         if self.config.block_size < T:
             raise ValueError(f"a sequence of {T:,} tokens does not fit into block_size {self.config.block_size:,}")
-        if self._engine is None:
-            backend = attention.choose(self.config.n_head, self.config.n_embd, B, T, self.wte.device)
-            self._engine = Engine(self._products, backend, self._recompute or self._that_fits(B * T))
-        # Between the micro-steps of one step the weights stand still. A step begins with no gradient; whoever changes
-        # weights without that moves their version.
+        if self._kernels is None:
+            backend = attention.select_backend(self.config.n_head, self.config.n_embd, B, T, self.wte.device)
+            self._kernels = Kernels(self._products, backend, self._recompute or self._recompute_to_fit(B * T))
+        # Weights do not change between the micro-steps of a step. A step starts without gradients, or with new version
+        # counters of the weights.
         versions = [p._version for p in self._masters]
         if self.wte.grad is None or not torch.is_grad_enabled() or versions != self._versions:
             with torch.no_grad():
                 torch._foreach_copy_(self._copies, self._masters)
-            self.head.renew()
+            self.head.weight_changed()
             self._versions = [p._version for p in self._masters]
 
-    def _that_fits(self, tokens: int) -> Recompute:
+    def _recompute_to_fit(self, tokens: int) -> Recompute:
         if self.wte.device.type != "cuda":
             return "none"
         free, _ = torch.cuda.mem_get_info(self.wte.device)
         free += torch.cuda.memory_reserved(self.wte.device) - torch.cuda.memory_allocated(self.wte.device)
-        free -= 4 * self.config.n_params() if self.wte.grad is None else 0  # gradients; the moments lie there already
+        free -= (
+            4 * self.config.n_params() if self.wte.grad is None else 0
+        )  # gradients; the moments are already allocated
         levels: tuple[Recompute, ...] = ("none", "cheap")
         return next((level for level in levels if self._bytes(tokens, level) < 0.95 * free), "block")
 
     def _bytes(self, tokens: int, recompute: Recompute) -> int:
-        return activation_bytes(self.config, tokens, recompute, self.head.bytes_a_logit)
+        return activation_bytes(self.config, tokens, recompute, self.head.bytes_per_logit)
 
 
 def activation_bytes(
-    config: ModelConfig, tokens: int, recompute: Recompute = "none", bytes_a_logit: int = Head.bytes_a_logit
+    config: ModelConfig, tokens: int, recompute: Recompute = "none", bytes_per_logit: int = Head.bytes_per_logit
 ) -> int:
-    """Memory of one micro-batch, beside the parameters and what belongs to them: what the blocks keep, the logits, and
-    what one block needs while it runs."""
+    """Bytes of one micro-batch: the blocks' saved activations, the logits, and one block's temporaries. Excludes
+    parameters, gradients and optimizer state."""
     unit = 2 * tokens * config.n_embd
-    blocks = config.n_layer * (UNITS_KEPT[recompute] * unit + tokens * (4 * config.n_head + 16))
-    return blocks + bytes_a_logit * tokens * config.padded_vocab_size + 16 * unit
+    blocks = config.n_layer * (UNITS_SAVED[recompute] * unit + tokens * (4 * config.n_head + 16))
+    return blocks + bytes_per_logit * tokens * config.padded_vocab_size + 16 * unit
 
 
-class Reference(nn.Module):
-    """The plain path: the model itself, its products in bf16 by autocast where `precision` is bf16."""
+class ReferenceGPT(nn.Module):
+    """(idx (B, T), targets (B, T)) -> mean loss by the reference model, with autocast to bf16 if `bf16`."""
 
     def __init__(self, model: GPT, device: torch.device, bf16: bool) -> None:
         super().__init__()
@@ -204,26 +219,26 @@ class Reference(nn.Module):
 
 
 def accelerate(model: GPT, runtime: Runtime, device: torch.device, *, fp8_head: bool = False) -> nn.Module:
-    """The fastest path on this machine: a module (idx (B, T), targets (B, T)) -> mean loss over `model`'s parameters.
+    """The fastest loss module on this machine: (idx (B, T), targets (B, T)) -> mean loss, on `model`'s parameters.
 
-    FastGPT on a GPU that has bf16 (Ampere and later) and Triton; else the plain path, compiled on a GPU unless
-    runtime.compile is false; on a CPU, ChunkedLoss. What stands in the way of the fast one is said once, on stderr.
+    FusedGPT on a GPU with bf16 (Ampere or later) and Triton; ChunkedLossGPT in fp32 on a CPU; otherwise ReferenceGPT,
+    compiled on a GPU unless runtime.compile is false. On a GPU, prints to stderr why FusedGPT is not used.
     """
     bf16 = runtime.precision == "bf16" or (runtime.precision == "auto" and device.type == "cuda")
-    plain = Reference(model, device, bf16)
+    plain = ReferenceGPT(model, device, bf16)
     if runtime.kernels == "reference":
         if runtime.compile is True:
             plain.compile()
         return plain
     if device.type != "cuda":
-        return plain if bf16 or runtime.sharding == "fsdp" else ChunkedLoss(model)
-    obstacle = _obstacle(model, runtime, device, bf16)
-    if obstacle is None:
+        return plain if bf16 or runtime.sharding == "fsdp" else ChunkedLossGPT(model)
+    reason = _unsupported_reason(model, runtime, device, bf16)
+    if reason is None:
         recompute: dict[bool | str, Recompute | None] = {True: "block", False: "none", "auto": None}
         products = _products(device)
         kind = head_kind(model.config, device, products) if fp8_head else Head
-        return FastGPT(model, products, recompute[runtime.activation_checkpointing], head=kind)
-    print(f"the plain path is used, not the fast one: {obstacle}", file=sys.stderr)
+        return FusedGPT(model, products, recompute[runtime.activation_checkpointing], head=kind)
+    print(f"the fused kernels are not used, but the reference model: {reason}", file=sys.stderr)
     model.checkpoint_blocks = runtime.activation_checkpointing is True
     if runtime.compile is not False and triton_or_none.AVAILABLE:
         plain.compile()
@@ -234,28 +249,28 @@ def _products(device: torch.device) -> linear.Linear:
     try:
         return linear.FusedLinear(device)
     except (cublaslt.CublasLtError, AttributeError) as error:
-        print(f"matrix products by torch, their surroundings in passes of their own: {error}", file=sys.stderr)
+        print(f"cuBLASLt is not used, but torch's matrix products, without fused epilogues: {error}", file=sys.stderr)
         return linear.Linear()
 
 
 def head_kind(config: ModelConfig, device: torch.device, products: linear.Linear) -> type[Head]:
-    """Fp8Head, or the plain one with what stands in the way of 8 bits said on stderr."""
-    obstacle = eight_bit_obstacle(config, device)
-    if obstacle is None and not isinstance(products, linear.FusedLinear):
-        obstacle = "cuBLASLt is not used"
-    if obstacle is None:
+    """Fp8Head if supported; else Head, with the reason on stderr."""
+    reason = fp8_unsupported_reason(config, device)
+    if reason is None and not isinstance(products, linear.FusedLinear):
+        reason = "cuBLASLt is not used"
+    if reason is None:
         try:
-            try_products(products, device)
+            try_fp8_products(products, device)
         except cublaslt.CublasLtError as error:
-            obstacle = str(error)
-    if obstacle is None:
+            reason = str(error)
+    if reason is None:
         return Fp8Head
-    print(f"the head stays in bf16: {obstacle}", file=sys.stderr)
+    print(f"the head stays in bf16: {reason}", file=sys.stderr)
     return Head
 
 
-def _obstacle(model: GPT, runtime: Runtime, device: torch.device, bf16: bool) -> str | None:
-    """Why FastGPT cannot be used, or None."""
+def _unsupported_reason(model: GPT, runtime: Runtime, device: torch.device, bf16: bool) -> str | None:
+    """Why FusedGPT cannot be used, or None."""
     if not bf16:
         return "precision is fp32"
     if runtime.sharding == "fsdp":
@@ -267,7 +282,7 @@ def _obstacle(model: GPT, runtime: Runtime, device: torch.device, bf16: bool) ->
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, bf16 needs 8.0"
     if model.config.n_embd % 8:
         return f"n_embd {model.config.n_embd} is not a multiple of 8"
-    try:  # whether Triton finds a compiler and a driver that it can work with
+    try:  # tests whether Triton finds a working compiler and driver
         ones = torch.ones(2, model.config.n_embd, device=device, dtype=torch.bfloat16)
         layer_norm.forward(ones, ones[0], ones[0], LAYER_NORM_EPS)
         torch.cuda.synchronize(device)

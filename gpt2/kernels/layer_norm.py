@@ -1,10 +1,10 @@
-"""LayerNorm over the rows of a bf16 residual stream, its statistics and sums in fp32.
+"""LayerNorm over the rows of a bf16 residual stream; statistics and sums are fp32.
 
-The backward pass adds the gradient that passes the LayerNorm by (the residual), so that one pass over memory does both.
+The backward pass also adds the residual branch's gradient, which saves one pass over memory.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# (the arguments of Triton kernels are pointers and numbers of its own)
+# (arguments of Triton kernels are Triton's own types)
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def backward(
     weight: Tensor,
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward`, plus `residual`, the gradient (N, C) that reaches x beside the LayerNorm.
+    """Gradients of `forward`; dx includes `residual`, the gradient (N, C) of x from the residual branch.
 
     Args:
-        scale: one fp32 element on the device that dy is multiplied by.
+        scale: one fp32 element on the device; multiplies dy.
 
     Returns:
-        dx (N, C) of x's type; dweight, dbias and the sum of dx over its rows, each (C,) in the statistics' type. The
-        last is the gradient of the bias of the layer whose output was added to x.
+        dx (N, C) of x's type; dweight, dbias and the sum of dx over its rows, each (C,) in the statistics' type. That
+        sum is the bias gradient of the layer whose output was added to x.
     """
     if not usable(x):
         wide_dy, xhat = _wide(dy), (_wide(x) - mean[:, None]) * rstd[:, None]
@@ -68,7 +68,7 @@ def backward(
         return dx.to(x.dtype), (wide_dy * xhat).sum(0), wide_dy.sum(0), dx.sum(0)
     N, C = x.shape
     dx = torch.empty_like(x)
-    # each program walks over many rows, the next ones on their way while it works, and keeps its sums in registers
+    # each program loops over many rows with prefetching, and keeps its sums in registers
     programs = min(_programs(x.device), N)
     partial = torch.empty(programs, 3, C, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(C)
@@ -90,8 +90,8 @@ def _programs(device: torch.device) -> int:
 
 
 @triton.jit
-def normalised(v, mask, C, eps):
-    """(v - mean) * rstd of a row of C fp32 elements, 0 where it is masked; mean, rstd."""
+def normalize(v, mask, C, eps):
+    """(v - mean) * rstd of a row of C fp32 elements, 0 where masked; mean; rstd."""
     m = tl.sum(v, axis=0) / C
     centred = tl.where(mask, v - m, 0.0)
     r = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / C + eps)
@@ -104,7 +104,7 @@ def _layer_norm_forward(x, weight, bias, y, mean, rstd, eps, C: tl.constexpr, BL
     cols = tl.arange(0, BLOCK)
     mask = cols < C
     v = tl.load(x + row * C + cols, mask=mask, other=0.0).to(tl.float32)
-    xhat, m, r = normalised(v, mask, C, eps)
+    xhat, m, r = normalize(v, mask, C, eps)
     w = tl.load(weight + cols, mask=mask, other=0.0).to(tl.float32)
     b = tl.load(bias + cols, mask=mask, other=0.0).to(tl.float32)
     tl.store(y + row * C + cols, (xhat * w + b).to(y.dtype.element_ty), mask=mask)
@@ -139,9 +139,9 @@ def _layer_norm_backward(
     sum_b = tl.zeros([BLOCK], dtype=tl.float32)
     sum_x = tl.zeros([BLOCK], dtype=tl.float32)
     for row in tl.range(tl.program_id(0), N, tl.num_programs(0), num_stages=STAGES):
-        at = (row + tl.zeros([BLOCK], dtype=tl.int64)) * C + cols
-        d = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-        v = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        offsets = (row + tl.zeros([BLOCK], dtype=tl.int64)) * C + cols
+        d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        v = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         if SCALE:
             d *= factor
         r = tl.load(rstd + row)
@@ -151,12 +151,12 @@ def _layer_norm_backward(
         c2 = tl.sum(g * xhat, axis=0) / C
         out = tl.where(mask, (g - c1 - xhat * c2) * r, 0.0)
         if RESIDUAL:
-            out += tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
-        tl.store(dx + at, out.to(dx.dtype.element_ty), mask=mask)
+            out += tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(dx + offsets, out.to(dx.dtype.element_ty), mask=mask)
         sum_w += d * xhat
         sum_b += d
         sum_x += out
-    here = partial + tl.program_id(0) * 3 * C + cols
-    tl.store(here, sum_w, mask=mask)
-    tl.store(here + C, sum_b, mask=mask)
-    tl.store(here + 2 * C, sum_x, mask=mask)
+    sums = partial + tl.program_id(0) * 3 * C + cols
+    tl.store(sums, sum_w, mask=mask)
+    tl.store(sums + C, sum_b, mask=mask)
+    tl.store(sums + 2 * C, sum_x, mask=mask)

@@ -1,8 +1,7 @@
-"""The linear layers of a block, forward and backward, each with what surrounds it folded into the product.
+"""The linear layers of a block, forward and backward, with bias, residual and GELU fused into the matrix products.
 
-`Linear.best` gives cuBLASLt's on a GPU that has it, torch's elsewhere. Both compute the same; in torch's the folded
-parts are passes of their own. Sums over the batch (gradients of weights and biases) are kept in the type of the
-buffers given, fp32 over bf16 factors.
+`FusedLinear` uses cuBLASLt epilogues; `Linear` computes the same with separate torch operators. Weight gradients
+accumulate in the type of the output buffer: fp32 for bf16 factors.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from gpt2.kernels.cublaslt import BIAS, DGELU, GELU_AUX_BIAS, CublasLt
 
 
 class Linear:
-    """The plain versions. Weights are (out, in), activations (N, features)."""
+    """Plain PyTorch. Weights are (out, in), activations (N, features)."""
 
     name = "torch"
 
@@ -35,7 +34,7 @@ class Linear:
         return dx if scale is None else dx.mul_(scale)
 
     def input_grad_gelu(self, dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
-        """As `input_grad` of a layer fed with gelu(u), carried on to u: (N, out) -> (N, in)."""
+        """The gradient of u, where gelu(u) is the layer's input: (N, out) -> (N, in)."""
         return gelu.backward(self.input_grad(dy, weight), u)
 
     def weight_grad_(
@@ -56,29 +55,24 @@ class Linear:
     def fp8_(
         self, out: Tensor, a: Tensor, b: Tensor, scale: Tensor, *, accumulate: bool = False, fast: bool = False
     ) -> Tensor:
-        """out (M, N) = or += scale * a b^T of 8-bit a (M, K) and b (N, K); out is returned.
+        """out (M, N) = or += scale * a b^T with 8-bit a (M, K) and b (N, K); returns out.
 
         Args:
             scale: one fp32 element on the device.
-            fast: for K up to a few thousand: sums may be kept in fewer bits than fp32 has (about 14 on Hopper).
+            fast: allow accumulation with fewer bits than fp32 (about 14 on Hopper); for K up to a few thousand.
         """
-        exact = torch.promote_types(out.dtype, torch.float32)
-        product = a.to(exact) @ b.to(exact).t() * scale
+        wide = torch.promote_types(out.dtype, torch.float32)
+        product = a.to(wide) @ b.to(wide).t() * scale
         return out.add_(product) if accumulate else out.copy_(product)
 
 
 class FusedLinear(Linear):
-    """cuBLASLt with epilogues, the algorithm of each product chosen by measurement when it first comes up.
-
-    Args:
-        fused_gelu: GELU in the epilogues; else in passes of its own.
-    """
+    """cuBLASLt with epilogues; measures the algorithms of each product at its first use."""
 
     name = "cublaslt"
 
-    def __init__(self, device: torch.device, fused_gelu: bool = True) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._lt = CublasLt(device)
-        self._fused_gelu = fused_gelu
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.size(0), weight.size(0))
@@ -87,8 +81,6 @@ class FusedLinear(Linear):
         return self._lt.matmul(x, weight, out, trans_b=True, add=residual, epilogue=BIAS, bias=bias)
 
     def forward_gelu(self, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        if not self._fused_gelu:
-            return super().forward_gelu(x, weight, bias)
         u, a = (x.new_empty(x.size(0), weight.size(0)) for _ in range(2))
         self._lt.matmul(x, weight, a, trans_b=True, epilogue=GELU_AUX_BIAS, bias=bias, aux=u)
         return u, a
@@ -97,8 +89,6 @@ class FusedLinear(Linear):
         return self._lt.matmul(dy, weight, dy.new_empty(dy.size(0), weight.size(1)), scale=scale)
 
     def input_grad_gelu(self, dy: Tensor, weight: Tensor, u: Tensor) -> Tensor:
-        if not self._fused_gelu:
-            return super().input_grad_gelu(dy, weight, u)
         return self._lt.matmul(dy, weight, torch.empty_like(u), epilogue=DGELU, aux=u)
 
     def weight_grad_(

@@ -1,7 +1,7 @@
-"""The sum of a tall matrix over its rows: the gradient of a bias, in fp32."""
+"""The sum of a matrix over its rows, in fp32: the gradient of a bias."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
-# (the arguments of Triton kernels are pointers and numbers of its own)
+# (arguments of Triton kernels are Triton's own types)
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from gpt2.kernels.triton_or_none import tl, triton, usable
 
 COLUMNS, ROWS = 128, 32
-"""of the tile that a program adds up at a time: 256-byte stretches of bf16, many loads in flight"""
+"""size of the tile that a program loads at a time: 256-byte segments of bf16, many loads in flight"""
 
 
 def row_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (N, M), contiguous, summed over its rows: (M,) of `dtype`. The order of the additions is fixed."""
+    """Sum x (N, M), contiguous, over its rows: (M,) of `dtype`. The order of additions is fixed."""
     if not usable(x):
         return x.sum(0, dtype=dtype)
     N, M = x.shape

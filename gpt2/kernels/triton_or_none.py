@@ -1,5 +1,4 @@
-"""Triton where it is installed: a stand-in with the same names where it is not, so that kernels can be written at
-module level and are merely never launched."""
+"""Triton, or a stub if it is not installed, so that modules with kernels can be imported; `usable` is then False."""
 
 from __future__ import annotations
 
@@ -18,8 +17,8 @@ try:
 except ImportError:
     AVAILABLE = False
 
-    class _Absent:
-        """Lets `@triton.jit` and the annotations `tl.constexpr` of a kernel be read; nothing can be run."""
+    class _Stub:
+        """Supports `@triton.jit` and `tl.constexpr` annotations; kernels cannot run."""
 
         constexpr = Any
 
@@ -35,12 +34,12 @@ except ImportError:
         def cdiv(a: int, b: int) -> int:
             return -(-a // b)
 
-    triton = tl = _Absent()
+    triton = tl = _Stub()
 
 INTERPRETED = environment("TRITON_INTERPRET") == "1"
-"""Triton runs its kernels in Python, on a CPU: slow, for tests"""
+"""Triton interprets kernels on a CPU: slow, for tests"""
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether the Triton version of a function can take this tensor."""
+    """Whether Triton kernels can run on this tensor."""
     return AVAILABLE and (tensor.is_cuda or INTERPRETED)

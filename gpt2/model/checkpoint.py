@@ -1,11 +1,11 @@
-"""Checkpoints: plain safetensors and JSON, written off the training path, whole or not at all, verified when read.
+"""Checkpoints: safetensors and JSON, written by a background thread, atomically, and verified when read.
 
     checkpoints/step_00005000/
-        model.safetensors, config.json     a folder that transformers' GPT2LMHeadModel.from_pretrained reads
-        optimizer.safetensors              AdamW's moments under the parameters' names, whole tensors
-        state.json                         where the run stands, and size and sha256 of the other files
+        model.safetensors, config.json     a folder for transformers' GPT2LMHeadModel.from_pretrained
+        optimizer.safetensors              AdamW's moments by parameter name, as full tensors
+        state.json                         the training state, and size and sha256 of the other files
 
-A folder is written under a temporary name and renamed, so one that has its name is whole.
+A folder is written under a temporary name and then renamed, so a folder with its final name is complete.
 """
 
 from __future__ import annotations
@@ -62,41 +62,41 @@ def write_model_config(folder: Path, config: ModelConfig) -> None:
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-class Written(Section):
+class FileRecord(Section):
     size: int
     sha256: str
 
 
 class TrainState(Section):
-    """state.json: where a run stands, besides its weights and moments. There is no random state: nothing draws."""
+    """state.json: the training state besides weights and moments. Training uses no random state."""
 
     format: int = 1
     step: int
-    """optimizer steps done"""
+    """completed optimizer steps"""
     evaluated: bool
-    """whether what is due after `step` (validation, benchmark, samples) was done and written down"""
+    """whether the evaluations due after `step` (validation, benchmark, samples) are done and logged"""
     passed_over: int = 0
-    """batches of data that a rollback left out: step i trains on batch i + passed_over"""
+    """batches skipped by rollbacks: step i trains on batch i + passed_over"""
     skips: int = 0
-    """steps skipped and rollbacks made so far"""
+    """skipped steps plus rollbacks"""
     losses: tuple[float, ...] = ()
     grad_norms: tuple[float, ...] = ()
-    """of the last steps, as many as anomalies and the final mean look back"""
+    """of the last steps, for anomaly detection and the final mean"""
     val_loss: float | None = None
-    """the last one measured"""
+    """the last measured one"""
     speeds: tuple[float, ...] = ()
-    """train/tokens_per_second of each line logged so far"""
+    """train/tokens_per_second of each logged line"""
     mfus: tuple[float, ...] = ()
-    """train/mfu of each line logged so far where the peak of the device is known"""
+    """train/mfu of each logged line, if the device's peak is known"""
     train_seconds: float = 0.0
     total_seconds: float = 0.0
     sessions: tuple[Session, ...] = ()
-    """add up to total_seconds; empty in checkpoints of before this field"""
-    files: dict[RelativePath, Written] = {}
+    """sum to total_seconds; empty in checkpoints older than this field"""
+    files: dict[RelativePath, FileRecord] = {}
 
 
 class Snapshot:
-    """Everything a checkpoint holds, in this machine's memory: weights and moments by name, and the state."""
+    """A checkpoint in host memory: weights and moments by name, and the training state."""
 
     def __init__(self, state: TrainState, tensors: Mapping[str, Tensor]) -> None:
         self.state, self.tensors = state, tensors
@@ -107,10 +107,10 @@ def folder_name(step: int) -> str:
 
 
 def write_checkpoint(root: Path, snapshot: Snapshot, config: ModelConfig) -> Path:
-    """Write one checkpoint below `root`; its folder, which appears when it is whole.
+    """Write one checkpoint below `root`, atomically; returns its folder.
 
     Raises:
-        UserError: no space is left; what was there before still is.
+        UserError: no space is left; existing checkpoints are unchanged.
     """
     final = root / folder_name(snapshot.state.step)
     temporary = root / f".{final.name}.tmp"
@@ -126,10 +126,10 @@ def write_checkpoint(root: Path, snapshot: Snapshot, config: ModelConfig) -> Pat
         write_model_config(temporary, config)
         hashes[MODEL_CONFIG] = sha256_file(temporary / MODEL_CONFIG)
         files = {
-            name: Written(size=(temporary / name).stat().st_size, sha256=digest) for name, digest in hashes.items()
+            name: FileRecord(size=(temporary / name).stat().st_size, sha256=digest) for name, digest in hashes.items()
         }
         write_model(temporary / STATE, snapshot.state.model_copy(update={"files": files}))
-        _remove(final)  # of this very step, damaged or from before a rollback
+        _remove(final)  # of the same step: damaged, or older than a rollback
         temporary.rename(final)
         fsync_dir(root)
     except BaseException:
@@ -139,7 +139,7 @@ def write_checkpoint(root: Path, snapshot: Snapshot, config: ModelConfig) -> Pat
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint away: first its name, in one go, then its files."""
+    """Delete a checkpoint: rename it first, so that it disappears atomically."""
     if folder.exists():
         trash = folder.with_name(f".{folder.name}.tmp-old")
         shutil.rmtree(trash, ignore_errors=True)
@@ -148,10 +148,10 @@ def _remove(folder: Path) -> None:
 
 
 def read_state(folder: Path, names: Collection[str] | None = None) -> TrainState:
-    """The state of a checkpoint, after checking size and sha256 of its files: of all, or of `names` alone.
+    """The training state, after verifying size and sha256 of all files, or of those in `names`.
 
     Raises:
-        UserError: it is not whole or was changed.
+        UserError: a file is missing or has changed.
     """
     try:
         state = read_model(folder / STATE, TrainState)
@@ -171,22 +171,21 @@ def read_state(folder: Path, names: Collection[str] | None = None) -> TrainState
 
 
 def read_checkpoint(folder: Path, config: ModelConfig) -> Snapshot:
-    """Read a whole checkpoint back, every tensor as it was.
+    """Read and verify a checkpoint.
 
     Raises:
-        UserError: it is damaged, or of another architecture.
+        UserError: it is damaged, or has another architecture.
     """
     state = read_state(folder)
-    if (found := read_hf_config(folder / MODEL_CONFIG)) != config:
-        raise UserError(f"{folder} holds a model of another shape: {found} there, {config} wanted")
+    if (stored := read_hf_config(folder / MODEL_CONFIG)) != config:
+        raise UserError(f"{folder} has another architecture: {stored}, expected {config}")
     weights = from_hf_layout(read_tensors(folder / WEIGHTS), config)
     return Snapshot(state, weights | read_tensors(folder / OPTIMIZER))
 
 
 def checkpoints(root: Path) -> list[Path]:
     """Folders of the checkpoints below `root`, oldest step first."""
-    found = [path for path in root.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)]
-    return sorted(found, key=_step)
+    return sorted((path for path in root.glob("step_*") if re.fullmatch(r"step_\d{8,}", path.name)), key=_step)
 
 
 def _step(folder: Path) -> int:
@@ -194,10 +193,10 @@ def _step(folder: Path) -> int:
 
 
 def latest(root: Path, config: ModelConfig, say: Callable[[str], None] = print) -> Snapshot | None:
-    """The newest checkpoint that can be read; damaged ones are named and passed over. None: there is none at all.
+    """The newest readable checkpoint; skips damaged ones with a warning. None if there are no checkpoints.
 
     Raises:
-        UserError: there are checkpoints, and not one of them can be read; or another version wrote the newest.
+        UserError: no checkpoint is readable, or another version wrote the newest.
     """
     folders = checkpoints(root)
     problem = ""
@@ -205,10 +204,10 @@ def latest(root: Path, config: ModelConfig, say: Callable[[str], None] = print) 
         try:
             return read_checkpoint(folder, config)
         except OtherVersion:
-            raise  # not damaged: training from an older one would delete it
+            raise  # not damaged: resuming from an older one would delete it
         except UserError as error:
             problem = str(error)
-            say(f"warning: checkpoint {folder.name} cannot be used: {error}; looking for the one before")
+            say(f"warning: checkpoint {folder.name} cannot be used: {error}; trying the one before")
     if folders:
         raise UserError(
             f"none of the {len(folders)} checkpoints below {root} can be used (the oldest: {problem}): "
@@ -218,7 +217,7 @@ def latest(root: Path, config: ModelConfig, say: Callable[[str], None] = print) 
 
 
 class Checkpoints:
-    """Writes checkpoints of one run in a thread, one at a time, and deletes the ones no longer wanted."""
+    """Writes a run's checkpoints in a background thread, one at a time, and deletes old ones."""
 
     def __init__(self, root: Path, model: ModelConfig, config: CheckpointConfig) -> None:
         self.root, self.model, self.config = root, model, config
@@ -226,7 +225,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
 
     def clean(self) -> None:
-        """Remove what a killed process left half-written."""
+        """Delete incomplete checkpoints of a killed process."""
         for left in self.root.glob(".step_*.tmp*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -235,10 +234,10 @@ class Checkpoints:
         return _step(folders[-1]) if folders else None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Begin to write; the snapshot must not change until the next `wait`.
+        """Start writing; the snapshot must not change until the next `wait`.
 
         Raises:
-            UserError: the one before could not be written.
+            UserError: the previous checkpoint could not be written.
         """
         self.wait()
         self._writing = self._pool.submit(self._write, snapshot)
@@ -248,7 +247,7 @@ class Checkpoints:
         self.prune()
 
     def wait(self) -> None:
-        """Until nothing is being written any more.
+        """Wait until the checkpoint is written.
 
         Raises:
             UserError: it could not be written.
@@ -258,19 +257,19 @@ class Checkpoints:
             writing.result()
 
     def check(self) -> None:
-        """Raise what went wrong in the thread, if it is over; does not wait."""
+        """Raise the thread's error if it has ended; does not wait."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def prune(self) -> None:
-        """Delete all but the newest keep_last and those whose step keep_every divides."""
+        """Delete all but the newest keep_last checkpoints and those at multiples of keep_every."""
         every = self.config.keep_every
         for folder in checkpoints(self.root)[: -self.config.keep_last]:
             if not (every and _step(folder) % every == 0):
                 _remove(folder)
 
-    def forget_after(self, step: int) -> None:
-        """Delete the checkpoints of later steps: damaged ones, or of a course that was given up."""
+    def delete_after(self, step: int) -> None:
+        """Delete checkpoints of later steps, which are damaged or were rolled back."""
         self.wait()
         for folder in checkpoints(self.root):
             if _step(folder) > step:

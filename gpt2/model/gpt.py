@@ -1,11 +1,12 @@
-"""GPT-2, exactly, in plain PyTorch: the reference that every faster path is held against.
+"""GPT-2 in plain PyTorch: the readable reference that tests compare every faster implementation with.
 
-Pre-LayerNorm decoder with learned positions, biases everywhere but the head, GELU in its tanh form, and a head that
-shares its weights with the token embedding (Radford et al. 2019; llm.c's train_gpt2). No dropout.
+Pre-LayerNorm decoder with learned positions, biases everywhere except in the head, GELU in its tanh form, and a head
+tied to the token embedding (Radford et al. 2019; llm.c's train_gpt2). No dropout.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, cast
 
 import torch
@@ -16,10 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from gpt2.config.run import LAYER_NORM_EPS, ModelConfig
 
 IGNORE = -1  # a target that is not scored
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q, k, v, each (B, nh, T, hs) -> (B, nh, T, hs)"""
 
 
-class Attention(nn.Module):
-    """Causal self-attention over n_head heads of hs = n_embd / n_head."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class CausalSelfAttention(nn.Module):
+    """Self-attention over n_head heads of hs = n_embd / n_head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -27,13 +34,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attention: AttentionFn = causal_attention) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # each (B, T, C)
         q = q.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, nh, T, hs)
+        y = attention(q, k, v)  # (B, nh, T, hs)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -51,17 +58,17 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
-        self.attn = Attention(config)
+        self.attn = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=LAYER_NORM_EPS)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))  # (B, T, C)
+    def forward(self, x: Tensor, attention: AttentionFn = causal_attention) -> Tensor:
+        x = x + self.attn(self.ln_1(x), attention)  # (B, T, C)
         return x + self.mlp(self.ln_2(x))  # (B, T, C)
 
 
 class Transformer(nn.Module):
-    """Embeddings, blocks and the last LayerNorm; what Hugging Face calls `transformer`."""
+    """Embeddings, blocks and the last LayerNorm; Hugging Face's `transformer`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,16 +79,16 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 with its names as in Hugging Face's: transformer.wte, transformer.h.0.attn.c_attn, ...
+    """GPT-2 with Hugging Face's parameter names: transformer.wte, transformer.h.0.attn.c_attn, ...
 
-    The token embedding has config.padded_vocab_size rows; the rows past vocab_size are zero, take no part in the
-    softmax and so never get a gradient. There is no lm_head module: the head is wte.
+    The token embedding has config.padded_vocab_size rows; rows from vocab_size on are zero and excluded from the
+    softmax, so they never get a gradient. There is no lm_head module: the head is wte.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping its inside
+        self.checkpoint_blocks = False  # activation checkpointing per block
         self.transformer = Transformer(config)
 
     @property
@@ -112,7 +119,7 @@ class GPT(nn.Module):
 
         Args:
             idx: (B, T) int64 token ids.
-            targets: (B, T) int64, the token that follows each position; -1 is not scored.
+            targets: (B, T) int64, the next token of each position; -1 is not scored.
             loss_reduction: "mean" over the scored tokens, or "none" for (B, T) losses, 0 where not scored.
 
         Returns:
@@ -120,7 +127,7 @@ class GPT(nn.Module):
         """
         x = self.hidden(idx)  # (B, T, C)
         weight, V = self.transformer.wte.weight, self.config.vocab_size
-        # A GPU's matrix units want the padded width, and then the padding is cut off; a CPU is spared that copy.
+        # GPUs are faster on the padded width; on a CPU, cutting off the padding first saves a copy.
         logits = F.linear(x, weight)[..., :V] if x.is_cuda else F.linear(x, weight[:V])  # (B, T, V)
         if targets is None:
             return logits, None
@@ -131,12 +138,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw the initial weights of the recipe (llm.c): N(0, 0.02), both c_proj N(0, 0.02 / sqrt(2 n_layer)),
-        biases 0, LayerNorm gains 1.
+        """Initialize as llm.c: N(0, 0.02), both c_proj N(0, 0.02 / sqrt(2 n_layer)), biases 0, LayerNorm gains 1.
 
-        One CPU generator draws for wte (its real rows), wpe, then for each block c_attn, attn.c_proj, c_fc,
-        mlp.c_proj: the order in which torch's `apply` meets them. So the weights depend on the seed alone, never on
-        the device, the number of processes or the global random state.
+        One CPU generator draws wte (without padding), wpe, then per block c_attn, attn.c_proj, c_fc, mlp.c_proj: the
+        order of torch's `apply`. The weights depend on the seed only, not on the device, the number of processes or the
+        global random state.
         """
         generator = torch.Generator().manual_seed(seed)
         residual_std = 0.02 * (2 * self.config.n_layer) ** -0.5

@@ -1,76 +1,65 @@
-"""GPT-2's blocks with the keys and values of all earlier tokens kept, so that one more token costs one token.
+"""Decoding with a key-value cache: one more token costs a forward pass over one position, plus reading the cache.
 
-Works on the weights of a `gpt2.model.gpt.GPT` and calls none of its kernels, so that training may choose those freely.
-Recomputing n tokens costs n whole forward passes; here each costs one pass over one position, plus reading the cache.
+Runs the blocks of `gpt2.model.gpt.GPT` with another attention function.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.model.gpt import GPT, LAYER_NORM_EPS
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+from gpt2.model.gpt import GPT
 
 
-def read_at(model: GPT, idx: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-    """GPT-2's blocks over idx (R, T) at positions that broadcast to it; (R, T, C) after the last LayerNorm.
+def forward_with_attention(
+    model: GPT, idx: Tensor, positions: Tensor, attention: Callable[[int, Tensor, Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`GPT.hidden` with other positions and another attention: idx (R, T) -> (R, T, C) after the last LayerNorm.
+
+    Calls the blocks' `forward` directly, which skips their compiled versions and FSDP's hooks: decoding changes shapes
+    at every token, and may run on a single rank while the weights are gathered.
 
     Args:
-        attend: (layer, q, k, v), each (R, nh, T, hs) -> (R, nh, T, hs).
+        positions: broadcasts to (R, T).
+        attention: (layer, q, k, v), each (R, nh, T, hs) -> (R, nh, T, hs).
     """
-    R, T = idx.shape
-    nh, C = model.config.n_head, model.config.n_embd
-    t, wte = model.transformer, model.transformer.wte.weight
-    x = F.embedding(idx, wte) + t.wpe.weight[positions].to(wte.dtype)  # (R, T, C)
+    x = model.transformer.wte(idx) + model.transformer.wpe(positions)  # (R, T, C)
     for layer, block in enumerate(model.blocks):
-        q, k, v = _linear(_norm(x, block.ln_1), block.attn.c_attn).split(C, dim=-1)
-        q = q.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
-        k = k.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
-        v = v.view(R, T, nh, C // nh).transpose(1, 2)  # (R, nh, T, hs)
-        y = attend(layer, q, k, v).transpose(1, 2).reshape(R, T, C)  # (R, T, C)
-        x = x + _linear(y, block.attn.c_proj)
-        h = F.gelu(_linear(_norm(x, block.ln_2), block.mlp.c_fc), approximate="tanh")  # (R, T, 4C)
-        x = x + _linear(h, block.mlp.c_proj)
-    return _norm(x, t.ln_f)
+        x = block.forward(x, partial(attention, layer))  # (R, T, C)
+    return model.transformer.ln_f(x)
 
 
-class CachedReader:
-    """Reads token windows, one a row, and says what may come next.
+class CachedDecoder:
+    """Logits of the next token for several rows, each with its own cached window of tokens.
 
-    The cache is `n_layer` pairs of (rows, nh, capacity, hs) tensors in the weights' type: 36 MiB a row for GPT-2 124M
-    at 1,024 tokens in fp32 of keys and as much of values.
+    The cache is `n_layer` pairs of (rows, nh, capacity, hs) tensors in the weights' type. In fp32, GPT-2 124M needs 36
+    MiB of keys and 36 MiB of values per row of 1,024 tokens.
+
+    Args:
+        model: its weights are used in place and not changed.
+        rows: windows decoded in parallel.
+        capacity: positions in the cache, at most the model's block_size.
     """
 
     def __init__(self, model: GPT, rows: int, capacity: int) -> None:
-        """
-        Args:
-            model: its weights are read in place; nothing of it is changed.
-            rows: windows read side by side.
-            capacity: positions kept, at most the model's block_size.
-        """
         self.config = model.config
         self.model, self.wte = model, model.transformer.wte.weight
-        self.rows = rows
-        self.capacity = capacity
-        nh, hs = self.config.n_head, self.config.n_embd // self.config.n_head
-        shape = (rows, nh, capacity, hs)
-        new = (
-            self.wte.new_zeros
-        )  # zeros, not empty: a NaN left in memory would pass through a masked softmax as 0 * NaN
-        self.k = [new(shape) for _ in range(self.config.n_layer)]
-        self.v = [new(shape) for _ in range(self.config.n_layer)]
+        self.rows, self.capacity = rows, capacity
+        shape = (rows, self.config.n_head, capacity, self.config.n_embd // self.config.n_head)
+        # zeros, not empty: a masked softmax turns a NaN in uninitialized memory into 0 * NaN
+        self.k = [self.wte.new_zeros(shape) for _ in range(self.config.n_layer)]
+        self.v = [self.wte.new_zeros(shape) for _ in range(self.config.n_layer)]
 
     @torch.no_grad()
-    def read(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
-        """Read whole windows into `rows`, replacing what those rows held.
+    def prefill(self, rows: Sequence[int], windows: Sequence[Sequence[int]]) -> Tensor:
+        """Read whole windows into `rows`, replacing their contents.
 
-        Shorter windows are padded on the right: attention is causal, so no token sees the padding, and a later step
-        writes over it before any token may look there.
+        Shorter windows are padded on the right: attention is causal, so no token sees the padding, and later steps
+        overwrite it before its positions become visible.
 
         Returns:
             (len(rows), vocab_size) fp32 logits of the token after each window.
@@ -80,20 +69,21 @@ class CachedReader:
         idx = torch.zeros(len(windows), T, dtype=torch.long)  # (R, T)
         for r, window in enumerate(windows):
             idx[r, : len(window)] = torch.tensor(window)
-        at = torch.tensor(list(rows), device=device)
+        row_index = torch.tensor(list(rows), device=device)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer][at, :, :T] = k
-            self.v[layer][at, :, :T] = v
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.k[layer][row_index, :, :T] = k
+            self.v[layer][row_index, :, :T] = v
             return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        x = read_at(self.model, idx.to(device), torch.arange(T, device=device), attend)  # (R, T, C)
+        positions = torch.arange(T, device=device)
+        x = forward_with_attention(self.model, idx.to(device), positions, attention)  # (R, T, C)
         last = torch.tensor([len(window) - 1 for window in windows], device=device)
         return self._logits(x[torch.arange(len(windows), device=device), last])
 
     @torch.no_grad()
-    def step(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Read one token a row at its position; everything before that position must have been read.
+    def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Read one token per row at its position; all earlier positions must be in the cache.
 
         Returns:
             (rows, vocab_size) fp32 logits of the next tokens.
@@ -101,44 +91,45 @@ class CachedReader:
         device = self.wte.device
         idx = torch.tensor(tokens, device=device).view(self.rows, 1)
         S = max(positions) + 1
-        if min(positions) + 1 == S:  # all rows equally long: no mask, and a plain slice to write to
+        if min(positions) + 1 < S:
+            return self.masked_decode(idx, torch.tensor(positions, device=device), S)
 
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                self.k[layer][:, :, S - 1] = k[:, :, 0]
-                self.v[layer][:, :, S - 1] = v[:, :, 0]
-                return attend_one(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], None)
+        # all rows have the same length: no mask, and writes to a slice
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.k[layer][:, :, S - 1] = k[:, :, 0]
+            self.v[layer][:, :, S - 1] = v[:, :, 0]
+            return single_query_attention(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], None)
 
-            x = read_at(self.model, idx, torch.tensor([S - 1], device=device), attend)
-            return self._logits(x[:, 0])
-        return self.masked_step(idx, torch.tensor(positions, device=device), S)
+        x = forward_with_attention(self.model, idx, torch.tensor([S - 1], device=device), attention)
+        return self._logits(x[:, 0])
 
     @torch.no_grad()
-    def masked_step(self, idx: Tensor, positions: Tensor, S: int) -> Tensor:
-        """One token a row, (rows, 1), at positions (rows,) of their own, all below S; (rows, vocab_size) logits. Keys
-        beyond a row's position are masked. Never waits for the device."""
+    def masked_decode(self, idx: Tensor, positions: Tensor, S: int) -> Tensor:
+        """`decode` for tokens (rows, 1) at positions (rows,) below S; masks keys after each row's position. Does not
+        synchronize with the device."""
         nh, hs = self.k[0].size(1), self.k[0].size(3)
-        beyond = torch.arange(S, device=idx.device) > positions.view(-1, 1, 1, 1)  # (rows, 1, 1, S)
-        mask = self.wte.new_zeros(self.rows, nh, 1, S).masked_fill_(beyond, -torch.inf)
-        where = positions.view(-1, 1, 1, 1).expand(self.rows, nh, 1, hs)
+        masked = torch.arange(S, device=idx.device) > positions.view(-1, 1, 1, 1)  # (rows, 1, 1, S)
+        mask = self.wte.new_zeros(self.rows, nh, 1, S).masked_fill_(masked, -torch.inf)
+        index = positions.view(-1, 1, 1, 1).expand(self.rows, nh, 1, hs)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            self.k[layer].scatter_(2, where, k)
-            self.v[layer].scatter_(2, where, v)
-            return attend_one(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], mask)
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self.k[layer].scatter_(2, index, k)
+            self.v[layer].scatter_(2, index, v)
+            return single_query_attention(q, self.k[layer][:, :, :S], self.v[layer][:, :, :S], mask)
 
-        return self._logits(read_at(self.model, idx, positions.view(-1, 1), attend)[:, 0])
+        return self._logits(forward_with_attention(self.model, idx, positions.view(-1, 1), attention)[:, 0])
 
     def _logits(self, x: Tensor) -> Tensor:
-        """(R, C) -> (R, vocab_size) in fp32: the padded rows of wte are no tokens."""
+        """(R, C) -> (R, vocab_size) in fp32, without the padded rows of wte."""
         return F.linear(x, self.wte[: self.config.vocab_size]).float()
 
 
-def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of one query a row and head: q (R, nh, 1, hs), k and v (R, nh, S, hs), mask (R, nh, 1, S) of zeros and
-    -inf, or None.
+def single_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query per row and head: q (R, nh, 1, hs), k and v (R, nh, S, hs), mask (R, nh, 1, S) of zeros
+    and -inf, or None.
 
-    On a GPU in fp32 as two batched products: torch's kernel for that case gives a head's whole cache to one thread
-    block, 1.41 against 0.19 ms for the 12 layers of GPT-2 124M at 1,024 positions on a H100 (torch 2.11).
+    On a GPU in fp32, two batched products: torch's kernel gives a head's whole cache to one thread block, 1.41 against
+    0.19 ms for the 12 layers of GPT-2 124M at 1,024 positions on an H100 (torch 2.11).
     """
     if not (q.is_cuda and q.dtype == torch.float32):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -150,11 +141,3 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     else:
         scores = torch.baddbmm(mask.view(R * nh, 1, S), query, keys.transpose(1, 2), alpha=scale)
     return torch.bmm(scores.softmax(-1), values).view(R, nh, 1, hs)
-
-
-def _linear(x: Tensor, module: nn.Linear) -> Tensor:
-    return F.linear(x, module.weight.to(x.dtype), module.bias.to(x.dtype))
-
-
-def _norm(x: Tensor, module: nn.LayerNorm) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], module.weight.to(x.dtype), module.bias.to(x.dtype), LAYER_NORM_EPS)

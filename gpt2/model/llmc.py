@@ -1,8 +1,8 @@
-"""llm.c's model checkpoints: one file, read and written.
+"""Reads and writes llm.c's model checkpoint files.
 
 256 little-endian int32 (magic 20240326, version, context, vocabulary, layers, heads, width, padded vocabulary), then
 the tensors in the order of `TENSORS`, each stacked over the layers. Version 3 is fp32, version 5 bf16 (llm.c,
-train_gpt2.py, `write_model`). Matrices are (out, in), as ours are; Hugging Face's are (in, out).
+train_gpt2.py, `write_model`). Matrices are (out, in), as in `GPT`; Hugging Face's are (in, out).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gpt2.errors import UserError
 from gpt2.model.weights import TRANSPOSED, WTE
 
 VERSIONS: dict[int, torch.dtype] = {version: getattr(torch, name) for version, name in LLMC_DTYPES.items()}
-TENSORS = (  # with {} standing for each layer in turn
+TENSORS = (  # {} is the layer
     WTE,
     "transformer.wpe.weight",
     "transformer.h.{}.ln_1.weight",
@@ -76,7 +76,7 @@ def read_llmc(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         left out.
 
     Raises:
-        UserError: no such file, another kind or version, sizes that contradict each other, a file cut off.
+        UserError: no such file, another format or version, inconsistent sizes, or a truncated file.
     """
     config, version, padded = read_llmc_header(path)
     dtype = VERSIONS[version]
@@ -131,6 +131,6 @@ def _shapes(config: ModelConfig, padded: int) -> dict[str, tuple[int, int | None
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype) -> bytes:
-    integers = torch.int16 if dtype == torch.bfloat16 else torch.int32  # numpy knows no bf16
+    integers = torch.int16 if dtype == torch.bfloat16 else torch.int32  # numpy has no bf16
     array = tensor.detach().cpu().to(dtype).contiguous().view(integers).numpy()
     return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()

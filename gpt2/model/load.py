@@ -1,6 +1,6 @@
-"""GPT-2 weights from wherever they lie: a checkpoint of ours, a Hugging Face folder, a llm.c file, a finished training.
+"""Loads GPT-2 weights from a checkpoint, a Hugging Face folder, a llm.c file or a finished stage's directory.
 
-For sampling, exporting and evaluating any model, and for training that goes on from one (`train.init_from`).
+Used by sampling, export and evaluation, and by training with `train.init_from`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHARDED, PICKLED = "model.safetensors.index.json", "pytorch_model.bin"
 
 
 def pick_device(name: str) -> torch.device:
-    """The device that a command line's --device names; "auto": the GPU where there is one.
+    """The device of a command line's --device; "auto" is a GPU if present.
 
     Raises:
         UserError: this machine has no such device.
@@ -41,8 +41,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         if device.type == "cuda" and not torch.cuda.is_available():
             raise UserError(f"--device {name}: torch finds no GPU here; leave the option away, or give cpu")
-        if name != "cuda":  # torchrun's processes each take another one
-            torch.empty(0, device=device)  # the one question that every kind of device answers
+        if name != "cuda":  # torchrun assigns one to each process
+            torch.empty(0, device=device)  # fails if the device does not exist
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         why = str(error).strip().splitlines()
         raise UserError(f"--device {name} cannot be used: {why[0] if why else 'torch does not say why'}") from error
@@ -50,7 +50,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def load_any(path: Path, device: torch.device | str = "cpu") -> GPT:
-    """The model at `path`, in fp32 and evaluation mode; see `read_any` for what may lie there."""
+    """The model at `path`, in fp32 and evaluation mode; see `read_any` for the formats."""
     config, weights = read_any(path)
     model = GPT(config)
     load_hf(model, weights)
@@ -58,13 +58,13 @@ def load_any(path: Path, device: torch.device | str = "cpu") -> GPT:
 
 
 def load_init(model: GPT, path: str, sha256: str | None = None) -> None:
-    """Put the weights that train.init_from names into `model`.
+    """Load the weights of train.init_from into `model`.
 
     Args:
-        sha256: what `gpt2.download.sources.identify_weights` gave when the run was planned; None: not compared.
+        sha256: from `gpt2.download.sources.identify_weights` when the run was planned; None skips the comparison.
 
     Raises:
-        UserError: as `read_any`, or another architecture, or not the planned bytes.
+        UserError: as `read_any`; or another architecture; or the files changed since the run was planned.
     """
     check_architecture(path, model.config)
     files = weight_files(path)
@@ -83,12 +83,12 @@ def read_any(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Architecture and weights of a GPT-2.
 
     Args:
-        path: a checkpoint folder of ours; a Hugging Face folder, with model.safetensors in one file or several or
-            pytorch_model.bin; a llm.c file, or a folder that holds just one; the directory of a finished stage that has
-            a model: a training, whose final checkpoint is meant, or fetched weights.
+        path: a checkpoint folder; a Hugging Face folder with model.safetensors, in one file or several, or
+            pytorch_model.bin; a llm.c file, or a folder with exactly one; the directory of a finished train stage (its
+            final checkpoint) or pretrained stage.
 
     Raises:
-        UserError: none of these, or damaged; files that a state.json or a manifest lists are compared with its sha256.
+        UserError: none of these, or damaged; verifies the sha256 of files listed in a state.json or a manifest.
     """
     path = resolve(path)
     if path.is_file():
@@ -112,10 +112,10 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
             raise UserError(f"{folder / SHARDED} is damaged ({error}): copy it again") from error
         return {name: tensor for file in files for name, tensor in read_tensors(folder / file).items()}
     if (folder / PICKLED).exists():
-        try:  # weights_only: a pickle from elsewhere must not run code
+        try:  # weights_only: an untrusted pickle must not run code
             return torch.load(folder / PICKLED, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError):
-            # without torch's own text, which says how to load it all the same
+            # omits torch's text, which explains how to load it anyway
             raise UserError(
                 f"{folder / PICKLED} is damaged, or holds more than weights, such as code, and is not loaded: take a "
                 f"copy of the model as {WEIGHTS}"

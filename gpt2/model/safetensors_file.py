@@ -1,15 +1,15 @@
-"""Writing and reading safetensors files: in pieces, hashed on the way, off the training path.
+"""Reads safetensors files, and writes them in pieces with a running hash.
 
-The format (huggingface/safetensors): a little-endian uint64 length, that many bytes of JSON that give each tensor's
-dtype, shape and place, then the tensors' bytes. Written here rather than by the library because its writer first
-copies all tensors into Python objects, holding the interpreter's lock while training wants it.
+The format (huggingface/safetensors): a little-endian uint64 length, that many bytes of JSON with each tensor's dtype,
+shape and offsets, then the tensors' bytes. The library's writer is not used: it copies all tensors into Python objects
+while holding the GIL, which stalls training.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ PIECE_BYTES = 16 << 20
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    """Write CPU tensors, whole or not at all; the file's sha256.
+    """Write CPU tensors atomically; returns the file's sha256.
 
-    Transposed views are put in order one at a time, so the memory needed on top is that of the largest tensor.
+    Makes transposed views contiguous one at a time, so the extra memory is that of the largest tensor.
 
     Raises:
         UserError: no space is left.
@@ -42,7 +42,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def _pieces(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without it transformers refuses the file
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # required by transformers
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -68,7 +68,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is missing") from None
     except SafetensorError as error:
         raise UserError(f"{path} is damaged ({error}): delete its folder and run again") from error
-
-
-def total_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -1,7 +1,6 @@
-"""Between our weights and other people's: Hugging Face's GPT2LMHeadModel and llm.c's checkpoint files.
+"""Conversion between GPT's weights and Hugging Face's GPT2LMHeadModel. The names are the same.
 
-Hugging Face stores the four matrices of a block as (in, out), we as (out, in); it has vocab_size rows of wte, we
-pad them with zeros; the names are the same.
+Hugging Face stores a block's four matrices as (in, out), GPT as (out, in); GPT pads wte's vocab_size rows with zeros.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 def to_hf(model: GPT) -> dict[str, Tensor]:
-    """The weights as GPT2LMHeadModel names and lays them out, without the tied lm_head; views where possible."""
+    """The weights in GPT2LMHeadModel's layout, without the tied lm_head; views where possible."""
     return hf_layout({name: parameter.detach() for name, parameter in model.named_parameters()}, model.config)
 
 
 def hf_layout(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Anything of the shape of our parameters (weights, their optimizer state) in Hugging Face's layout."""
+    """Tensors with the shapes of GPT's parameters (weights or optimizer state) in Hugging Face's layout."""
     theirs = {}
     for name, tensor in ours.items():
         if name.endswith(TRANSPOSED):
@@ -38,7 +37,7 @@ def hf_layout(ours: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tens
 
 
 def from_hf_layout(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The way back from `hf_layout`: (out, in) matrices, and the padded rows of wte as zeros."""
+    """The inverse of `hf_layout`: (out, in) matrices, and wte padded with zeros."""
     ours = {}
     for name, tensor in theirs.items():
         if name.endswith(TRANSPOSED):
@@ -53,10 +52,10 @@ def from_hf_layout(theirs: Mapping[str, Tensor], config: ModelConfig) -> dict[st
 
 @torch.no_grad()
 def load_hf(model: GPT, weights: Mapping[str, Tensor]) -> None:
-    """Copy Hugging Face weights into `model`; with or without the prefix "transformer.", causal masks left out.
+    """Copy Hugging Face weights into `model`; the prefix "transformer." is optional, causal masks are ignored.
 
     Raises:
-        UserError: a tensor is missing, unknown or of another shape, or the head is not the token embedding.
+        UserError: a tensor is missing, unknown or has another shape, or the head differs from the token embedding.
     """
     given = {_full_name(name): tensor for name, tensor in weights.items()}
     given = {name: tensor for name, tensor in given.items() if not name.endswith((".attn.bias", ".attn.masked_bias"))}
@@ -73,8 +72,10 @@ def load_hf(model: GPT, weights: Mapping[str, Tensor]) -> None:
                 f"use the configuration that they were trained with"
             )
     if head is not None and (head.shape != given[WTE].shape or not torch.equal(head, given[WTE].to(head))):
-        raise UserError(f"{HEAD} is not {WTE}: GPT-2's head is its token embedding, a head of its own would be lost")
-    model.transformer.wte.weight.zero_()  # the padded rows stay so
+        raise UserError(
+            f"{HEAD} is not {WTE}: GPT-2's head is tied to its token embedding, an untied head is not supported"
+        )
+    model.transformer.wte.weight.zero_()  # the padded rows stay zero
     for name, ours in wanted.items():
         ours.copy_(given[name])
 

@@ -82,7 +82,7 @@ def table(
 
 def render(name: str, modules: Iterable[ModuleType], **values: Any) -> str:
     """Renders a template of this package, which may call the functions of this module and of `modules`."""
-    environment = Environment(
+    environment = Environment(  # noqa: S701  `finalize` escapes every value for Markdown
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, finalize=escape,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from torch import Tensor
 from gpt2.config.run import Runtime, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
-from gpt2.kernels.fused_gpt import FastGPT, accelerate
+from gpt2.kernels.fused_gpt import FusedGPT, accelerate
 from gpt2.kernels.head import Fp8Head
 from gpt2.model.checkpoint import Snapshot, TrainState
 from gpt2.model.gpt import GPT
@@ -29,14 +29,14 @@ def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel
         model.to_empty(device=world.device)
         parallel = Replicas(model, config.optim, world, zero1=runtime.sharding == "zero1")
         loss_fn = accelerate(model, runtime, world.device, fp8_head=config.fp8_head)
-    if config.fp8_head and not isinstance(loss_fn, FastGPT):
+    if config.fp8_head and not isinstance(loss_fn, FusedGPT):
         print("train.fp8_head changes nothing here: only the fused kernels have such a head", file=sys.stderr)
     return parallel, loss_fn
 
 
 def has_fp8_head(loss_fn: LossFn) -> bool:
     """Whether the head's products are made in 8 bits: asked for and to be had."""
-    return isinstance(loss_fn, FastGPT) and isinstance(loss_fn.head, Fp8Head)
+    return isinstance(loss_fn, FusedGPT) and isinstance(loss_fn.head, Fp8Head)
 
 
 def _sharded(model: GPT, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:

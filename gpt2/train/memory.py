@@ -17,7 +17,7 @@ from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.kernels.block import Recompute
 from gpt2.kernels.fused_gpt import activation_bytes
-from gpt2.kernels.head import Fp8Head, Head, eight_bit_obstacle
+from gpt2.kernels.head import Fp8Head, Head, fp8_unsupported_reason
 from gpt2.train.data_parallel import LossFn, Parallel
 
 Sharding = Literal["ddp", "zero1", "fsdp"]
@@ -83,8 +83,8 @@ def layout(
         fixed = n * (16 + copies)
     if head is not None and sharding != "fsdp":
         level: Recompute = "block" if recompute else "none"
-        fixed += head.bytes_a_weight * V * C
-        return Layout(sharding, recompute, fixed, activation_bytes(model, T, level, head.bytes_a_logit))
+        fixed += head.bytes_per_weight * V * C
+        return Layout(sharding, recompute, fixed, activation_bytes(model, T, level, head.bytes_per_logit))
     kept = BLOCK_BYTES[precision] * C
     blocks = model.n_layer * RESIDUAL_BYTES * C + kept if recompute else model.n_layer * kept
     return Layout(sharding, recompute, fixed, T * (blocks + V * LOGIT_BYTES[precision]))
@@ -117,7 +117,7 @@ def choose(config: TrainConfig, runtime: Runtime, world: World, free: float | No
 
     head = None  # of the fused kernels
     if on_gpu and precision == "bf16" and runtime.kernels == "auto":
-        in_8_bits = config.fp8_head and eight_bit_obstacle(config.model, world.device) is None
+        in_8_bits = config.fp8_head and fp8_unsupported_reason(config.model, world.device) is None
         head = Fp8Head if in_8_bits else Head
     ways = [layout(config.model, precision, world.size, *way, head=head) for way in _ways(runtime, world)]
     wanted = min(each, -(-WORTHWHILE_TOKENS // config.model.block_size))

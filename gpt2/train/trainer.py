@@ -126,7 +126,7 @@ class Job:
             self.checkpoints.wait()
             self.checkpoints.clean()
             found = latest(self.checkpoints.root, self.config.model, self.records.say) or fresh(self.config)
-            self.checkpoints.forget_after(found.state.step)
+            self.checkpoints.delete_after(found.state.step)
             # one that was gone back to stands where it stood, but the data after it is no longer the same
             found = Snapshot(found.state.model_copy(update=self.records.rolled_back(found.state.step)), found.tensors)
         state = TrainState.model_validate(

@@ -1,5 +1,5 @@
-"""Each kernel against its formula in fp64. On a GPU Triton compiles them; with TRITON_INTERPRET=1 and Triton installed
-they run on a CPU, interpreted; elsewhere only the plain versions are held to the formula."""
+"""Each kernel against its formula in fp64. With TRITON_INTERPRET=1 and Triton installed, the kernels run on a CPU; with
+neither a GPU nor the interpreter, only the plain PyTorch versions are tested."""
 
 from __future__ import annotations
 
@@ -14,15 +14,23 @@ from torch.nn import functional as F
 
 from gpt2.config.run import ModelConfig
 from gpt2.errors import UserError
-from gpt2.kernels import attention, cross_entropy, embedding, fp8, gelu, layer_norm, triton_or_none
-from gpt2.kernels import autotune_cache as choices
-from gpt2.kernels import decode as few_rows
+from gpt2.kernels import (
+    attention,
+    autotune_cache,
+    cross_entropy,
+    decode,
+    embedding,
+    fp8,
+    gelu,
+    layer_norm,
+    triton_or_none,
+)
 from gpt2.kernels.head import Fp8Head
 from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.kernels.row_sum import row_sum
 from gpt2.machine import AUTOTUNE_CACHE
 from gpt2.model.gpt import GPT
-from gpt2.model.kv_cache import CachedReader
+from gpt2.model.kv_cache import CachedDecoder
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -60,7 +68,7 @@ def assert_close(got: Tensor, wanted: Tensor, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("C", WIDTHS)
 def test_layer_norm(C: int, dtype: torch.dtype) -> None:
-    """Catches masked columns leaking into mean or variance, rows past the end, and a residual gradient left out."""
+    """Bugs: masked columns in mean or variance; rows past the end; a residual gradient left out."""
     stats = torch.float64 if dtype == torch.float64 else torch.float32
     x, dy, residual = (random(37, C, dtype=dtype) for _ in range(3))
     weight, bias = random(C, dtype=stats) + 1, random(C, dtype=stats)
@@ -85,7 +93,7 @@ def test_layer_norm(C: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("N, M", [(37, 80), (1000, 2304)] if GPU else [(37, 80), (70, 300)])
 def test_row_sum(N: int, M: int, dtype: torch.dtype) -> None:
-    """Catches rows past the end, columns past the end, and partial sums that are left out."""
+    """Bugs: rows or columns past the end; partial sums left out."""
     x = random(N, M, dtype=dtype)
     total = torch.float64 if dtype == torch.float64 else torch.float32
     assert_close(row_sum(x, total), x.double().sum(0), 1e-5)
@@ -93,7 +101,7 @@ def test_row_sum(N: int, M: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gelu(dtype: torch.dtype) -> None:
-    """Catches the exact form in place of GPT-2's tanh form, and overflow far from zero."""
+    """Bugs: the exact form instead of GPT-2's tanh form; overflow far from zero."""
     u = random(5, 1000, dtype=dtype) * 3
     u[0, :4] = torch.tensor([-200.0, 200.0, 0.0, -12.0], dtype=dtype)
     da = random(5, 1000, dtype=dtype)
@@ -108,7 +116,7 @@ def test_gelu(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("V, vocab", [(256, 250), (50304, 50257)] if GPU else [(256, 250), (128, 128)])
 def test_cross_entropy(V: int, vocab: int, dtype: torch.dtype) -> None:
-    """Catches padding in the softmax, gradients in padded columns, ignored rows that count, and a lost maximum."""
+    """Bugs: padding in the softmax; gradients in padded columns; ignored rows counted; a lost maximum."""
     logits = random(9, V, dtype=dtype) * 4
     logits[3, 17] = 60.0
     logits[4, vocab - 2] = 150.0  # overflows relative to what comes first
@@ -136,28 +144,28 @@ def test_cross_entropy(V: int, vocab: int, dtype: torch.dtype) -> None:
 @exact_casts
 @pytest.mark.parametrize("M, N", [(37, 80), (256, 768), (300, 129)])
 def test_8_bit_copies(M: int, N: int) -> None:
-    """Catches a scale that overflows to NaN or wastes range, tiles past the edge, and a transpose of something else."""
+    """Bugs: a scale that overflows to NaN or wastes range; tiles past the edge; a wrong transpose."""
     x = random(M, N, dtype=torch.bfloat16) * 1e-3
     x[3, 5] = 7.0
-    copies = fp8.scaled(x)
+    copies = fp8.quantize(x)
     assert copies.rows.dtype == torch.float8_e4m3fn and copies.rows.float()[3, 5] == 448
     back = copies.rows.float() * copies.scale
     spacing = 2.0**-9 * float(copies.scale)  # of the smallest numbers
     assert bool(((back - x.float()).abs() <= x.float().abs() / 16 + spacing / 2).all())
     assert torch.equal(copies.columns.view(torch.uint8), copies.rows.view(torch.uint8).t().contiguous())
     gradient = x.to(torch.float8_e5m2)
-    turned = fp8.transposed(gradient)
+    turned = fp8.transpose(gradient)
     assert turned.is_contiguous() and turned.dtype == gradient.dtype
     assert torch.equal(turned.view(torch.uint8), gradient.view(torch.uint8).t())
-    nothing = fp8.scaled(torch.zeros_like(x))
+    nothing = fp8.quantize(torch.zeros_like(x))
     assert not nothing.rows.float().any() and bool(nothing.scale.isfinite())
 
 
 @exact_casts
 @pytest.mark.parametrize("kind", ["plain", pytest.param("cublaslt", marks=pytest.mark.gpu)])
-def test_the_head_in_8_bits(kind: str) -> None:
-    """Catches a scale that is left out or applied twice, a weight that is not renewed, ignored rows that count, sums
-    that are not accumulated, and rows that 8-bit products cannot take. Held to the formula over the rounded factors."""
+def test_8_bit_head_differs_from_its_formula(kind: str) -> None:
+    """Bugs: a scale omitted or applied twice; a stale weight; ignored rows counted; gradients not accumulated; a number
+    of rows that 8-bit products do not support. The reference is the formula on the rounded factors."""
     if kind == "cublaslt" and not (GPU and torch.cuda.get_device_capability() >= (8, 9)):
         pytest.skip("needs a GPU with 8-bit floats")
     products = FusedLinear(DEVICE) if kind == "cublaslt" else Linear()
@@ -169,15 +177,17 @@ def test_the_head_in_8_bits(kind: str) -> None:
     head = Fp8Head(products, weight, vocab)
     head.losses(h, targets, scored)
     weight *= 0.5
-    head.renew()
+    head.weight_changed()
     losses, saved = head.losses(h, targets, scored)
     before = random(V, C)
     dweight = before.clone()
     dh = head.backward(saved, dweight, True, dloss)
-    with pytest.raises(ValueError, match="multiples of 16 rows, not 63"):
+    with pytest.raises(ValueError, match="16 rows, not 63"):
         head.losses(h[:63], targets[:63], scored)
 
-    rounded = [(copies.rows.double() * copies.scale).requires_grad_() for copies in (fp8.scaled(h), fp8.scaled(weight))]
+    rounded = [
+        (copies.rows.double() * copies.scale).requires_grad_() for copies in (fp8.quantize(h), fp8.quantize(weight))
+    ]
     logits = rounded[0] @ rounded[1][:vocab].T
     wanted = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
     assert_close(losses, wanted, 6e-3)  # the logits are bf16
@@ -194,8 +204,9 @@ def test_the_head_in_8_bits(kind: str) -> None:
 
 @exact_casts
 @pytest.mark.parametrize("zipf", [False, True])
-def test_rounding_to_8_bits_takes_nothing_from_a_gradient(zipf: bool) -> None:
-    """Bug: each row's gradient, which sums to 0, sums to less at every step, and the mean logit drifts upwards."""
+def test_rounding_to_8_bits_biases_a_gradient(zipf: bool) -> None:
+    """Bug: each row's gradient, which should sum to 0, sums to less at every step, and the mean logit drifts
+    upwards."""
     N, V = 1024, 2048
     exponents = 0.8 + 0.4 * torch.rand(N, 1, device=DEVICE)  # so that the likeliest are not the same in all rows
     logits = -exponents * torch.rand(N, V, device=DEVICE).argsort(1).add(1).log() if zipf else random(N, V)
@@ -203,20 +214,20 @@ def test_rounding_to_8_bits_takes_nothing_from_a_gradient(zipf: bool) -> None:
     gradient = torch.empty_like(logits, dtype=torch.float8_e5m2)
     unit = torch.tensor(2.0**-15, device=DEVICE)
 
-    def mean_sum(keeps: float) -> float:
-        cross_entropy.losses(logits.clone(), targets, V, unit, gradient, keeps)
+    def mean_sum(rounding_bias: float) -> float:
+        cross_entropy.losses(logits.clone(), targets, V, unit, gradient, rounding_bias)
         own = torch.zeros_like(logits).scatter_(1, targets[:, None], 1.0).bool()
         p = logits.double().softmax(1).masked_fill(own, 0.0)
         rounded = gradient.double().masked_fill(own, 0.0) * 2.0**-15
         return float(rounded.sum() / p.sum()) - 1
 
-    assert abs(mean_sum(fp8.GRADIENT_KEEPS)) < 0.0014  # seven standard deviations
+    assert abs(mean_sum(fp8.GRADIENT_ROUNDING_BIAS)) < 0.0014  # seven standard deviations
     assert -0.0042 < mean_sum(1.0) < -0.0014
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_embedding(deterministic: bool) -> None:
-    """Catches a repeated token whose gradients overwrite each other, and positions counted over the whole batch."""
+    """Bugs: gradients of a repeated token overwrite each other; positions counted over the whole batch."""
     torch.use_deterministic_algorithms(deterministic)
     B, T, C, V = 3, 7, 48, 20
     wte, wpe = random(V, C), random(16, C)
@@ -236,8 +247,8 @@ def test_embedding(deterministic: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", pytest.param("cublaslt", marks=pytest.mark.gpu)])
 def test_linear(kind: str) -> None:
-    """Catches a swapped transpose, a bias along the wrong side, the exact GELU, and a sum that is not accumulated.
-    Sizes differ in every dimension so that no mix-up fits by chance."""
+    """Bugs: a swapped transpose; a bias along the wrong dimension; the exact GELU; a gradient not accumulated. All
+    sizes differ, so that mixed-up dimensions fail."""
     if kind == "cublaslt" and not GPU:
         pytest.skip("needs a GPU")
     dtype = torch.bfloat16 if GPU else torch.float64
@@ -274,11 +285,11 @@ def test_linear(kind: str) -> None:
 
 @pytest.mark.parametrize("name", ["math", *(pytest.param(name, marks=pytest.mark.gpu) for name in attention.BACKENDS)])
 def test_attention(name: str) -> None:
-    """Catches heads laid out in another order, a wrong scale, a mask that lets a later token in, and q, k, v gradients
-    packed in the wrong order."""
+    """Bugs: heads in another order; a wrong scale; a mask that shows a later token; q, k, v gradients in wrong
+    order."""
     B, T, nh, hs = 2, 128, 3, 64
     if name == "math":
-        backend, dtype, close = attention.Attention(nh), torch.float64, 1e-12
+        backend, dtype, close = attention.AttentionBackend(nh), torch.float64, 1e-12
     else:
         if not GPU:
             pytest.skip("needs a GPU")
@@ -304,9 +315,9 @@ def test_attention(name: str) -> None:
 
 @pytest.mark.skipif(not KERNELS, reason="needs a GPU or Triton's interpreter")
 @pytest.mark.parametrize("n_embd", [64, 96])  # 96: masked columns
-def test_a_token_for_a_few_rows_is_what_the_plain_step_makes_in_fp64(n_embd: int) -> None:
-    """Catches a key written to another row's or head's place, chunks of attention put together with the wrong weights,
-    a chunk past the row's position that counts, columns past the width in LayerNorm."""
+def test_fused_decoding_differs_from_plain_decoding_in_fp64(n_embd: int) -> None:
+    """Bugs: a key written to another row's or head's slot; attention chunks combined with wrong weights; chunks after
+    the row's position counted; columns past the width in LayerNorm."""
     config = ModelConfig(n_layer=2, n_head=n_embd // 32, n_embd=n_embd, block_size=300, vocab_size=101)
     model = GPT(config)
     model.init_weights(1)
@@ -314,63 +325,63 @@ def test_a_token_for_a_few_rows_is_what_the_plain_step_makes_in_fp64(n_embd: int
         for parameter in model.parameters():  # biases and LayerNorms that do something
             parameter += 0.1 * torch.randn_like(parameter)
     model.to(DEVICE)
-    plain, cached = CachedReader(copy.deepcopy(model).double(), 3, 300), CachedReader(model, 3, 300)
-    assert few_rows.fits(cached)
-    few = few_rows.FewRows(cached)
+    plain, cached = CachedDecoder(copy.deepcopy(model).double(), 3, 300), CachedDecoder(model, 3, 300)
+    assert decode.is_supported(cached)
+    fused = decode.FusedDecoder(cached)
     windows = [[1, 2], [3] * 127, [4] * 290]
-    for reader in (plain, cached):
-        reader.read([0, 1, 2], windows)
+    for decoder in (plain, cached):
+        decoder.prefill([0, 1, 2], windows)
     positions = torch.tensor([2, 127, 290], device=DEVICE)
-    for turn in range(3):
-        idx = torch.tensor([turn, 7, 9], device=DEVICE)
-        wanted = plain.masked_step(idx.view(-1, 1), positions + turn, 300)
-        assert_close(few.step(idx, positions + turn), wanted, 1e-5)
+    for step in range(3):
+        idx = torch.tensor([step, 7, 9], device=DEVICE)
+        wanted = plain.masked_decode(idx.view(-1, 1), positions + step, 300)
+        assert_close(fused.decode(idx, positions + step), wanted, 1e-5)
     for kept, right in zip([*cached.k, *cached.v], [*plain.k, *plain.v], strict=True):
         assert_close(kept, right, 1e-5)
 
 
-def test_a_choice_is_kept_for_the_same_question_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bugs: an algorithm of another library version or another shape taken up again; a torn file that stops a start;
-    a folder that cannot be written to that does; a measured choice where the same bits are asked for each time."""
-    question = {"what": "product", "key": (8, torch.float32), "version": 7}
-    choices.remember(question, "none is kept without a folder")
-    assert choices.recall(question) is None
-    monkeypatch.setenv(AUTOTUNE_CACHE, str(tmp_path / "choices"))
-    choices.remember(question, "fast")
-    assert choices.recall(question) == "fast"
-    assert choices.recall(question | {"version": 8}) is None
+def test_a_cached_algorithm_is_used_for_another_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: an algorithm of another library version or shape is reused; a damaged file or a read-only folder fails the
+    start; deterministic runs use a measured algorithm."""
+    key = {"what": "product", "key": (8, torch.float32), "version": 7}
+    autotune_cache.store(key, "no folder")
+    assert autotune_cache.load(key) is None
+    monkeypatch.setenv(AUTOTUNE_CACHE, str(tmp_path / "cache"))
+    autotune_cache.store(key, "fast")
+    assert autotune_cache.load(key) == "fast"
+    assert autotune_cache.load(key | {"version": 8}) is None
     torch.use_deterministic_algorithms(True)
     try:
-        assert choices.recall(question) is None
+        assert autotune_cache.load(key) is None
     finally:
         torch.use_deterministic_algorithms(False)
-    (kept,) = (tmp_path / "choices").iterdir()
+    (kept,) = (tmp_path / "cache").iterdir()
     kept.write_text(kept.read_text()[:20])
-    assert choices.recall(question) is None
+    assert autotune_cache.load(key) is None
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(AUTOTUNE_CACHE, str(tmp_path / "file"))
-    choices.remember(question, "fast")
+    autotune_cache.store(key, "fast")
 
     def full(path: Path, text: str) -> None:
         raise UserError(f"no space left for {path}")
 
-    monkeypatch.setattr(choices, "write_text", full)
-    choices.remember(question, "fast")
+    monkeypatch.setattr(autotune_cache, "write_text", full)
+    autotune_cache.store(key, "fast")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="needs a GPU")
-def test_what_was_measured_once_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bugs: an algorithm that comes back from disk as another one; a second start that measures everything again."""
+def test_a_second_start_measures_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: an algorithm deserializes as another one; the second start measures everything again."""
     monkeypatch.setenv(AUTOTUNE_CACHE, str(tmp_path))
     x, weight, bias = (random(*shape, dtype=torch.bfloat16) for shape in ((512, 64), (192, 64), (192,)))
     once = FusedLinear(DEVICE).forward(x, weight, bias)
-    chosen = attention.choose(3, 192, 2, 128, DEVICE).name
+    chosen = attention.select_backend(3, 192, 2, 128, DEVICE).name
 
     def measured(run: object, repeats: int = 5) -> float:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("gpt2.kernels.cublaslt.milliseconds", measured)
-    monkeypatch.setattr("gpt2.kernels.attention.milliseconds", measured)
+    monkeypatch.setattr("gpt2.kernels.cublaslt.time_ms", measured)
+    monkeypatch.setattr("gpt2.kernels.attention.time_ms", measured)
     assert torch.equal(FusedLinear(DEVICE).forward(x, weight, bias), once)
-    assert attention.choose(3, 192, 2, 128, DEVICE).name == chosen
+    assert attention.select_backend(3, 192, 2, 128, DEVICE).name == chosen

@@ -261,8 +261,8 @@ while queue:
 for module, distributions in importlib.metadata.packages_distributions().items():
     if not allowed & set(map(spelled, distributions)):
         sys.modules[module] = None
-import gpt2.generate
-gpt2.generate.encode_prompt("Once")
+import gpt2.generate.sample
+gpt2.generate.sample.encode_prompt("Once")
 print("prefect" in sys.modules, sys.modules.get("transformers"))
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
