@@ -8,8 +8,13 @@ import re
 MESSAGE_CHARACTERS, VALUE_CHARACTERS = 2_000, 200
 """what is shown of a message, and of one value in it"""
 
-REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-"""the user has to change the file, its mode or the path; trying again does not help"""
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""the disk, the user's quota, or `ulimit -f` is full"""
+REFUSED = (
+    *NO_SPACE,
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""the user has to change the file system, the file, its mode or the path; a retry does not help"""
 
 _USER = re.compile(r"://(?:[^\s/\"<>]*|[^\s:/@\"<>]+:(?!\d+/)[^\s\"<>]*)@")
 """user:password before a host; a password may hold "/", but a number and a slash are a port"""
@@ -48,6 +53,9 @@ def shorten(text: str, limit: int = VALUE_CHARACTERS) -> str:
 
 
 def describe(error: OSError) -> str:
-    """The system's reason and the file: what a person needs of an OSError."""
+    """The system's reason and the file of an OSError, in one line."""
+    if error.errno in NO_SPACE:
+        where = f" for {error.filename}" if error.filename else ""
+        return presentable(f"no space left{where}: free some and run again, finished work is kept")
     hint = "; choose another store with runtime.store=FOLDER" if error.errno == errno.EROFS else ""
     return presentable(f"{error.strerror}: {error.filename}{hint}" if error.filename else error)

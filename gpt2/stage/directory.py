@@ -6,7 +6,6 @@ and runtime.json, and ends with manifest.json written or with a non-zero exit st
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import importlib.metadata
 import platform
@@ -23,7 +22,8 @@ from typing import TypeVar
 from gpt2.config.run import Runtime
 from gpt2.config.section import Section
 from gpt2.console import fail
-from gpt2.errors import UserError, describe, without_credentials
+from gpt2.errors import UserError, without_credentials
+from gpt2.stage.failure import Failure, clear_failure, error_message, write_failure
 from gpt2.stage.manifest import (
     INPUTS,
     MANIFEST,
@@ -258,23 +258,27 @@ def provenance(started: float) -> Provenance:
 def main(work: Callable[[StageDir], object], argv: list[str] | None = None) -> None:
     """Entry point of a single-process stage: `python -m gpt2.<stage> DIRECTORY`.
 
-    Takes the lock, does nothing when the stage is finished already, exits with status 2 and one line for a UserError
-    and with 1 and a traceback for anything else.
+    Takes the lock and does nothing when the stage is finished already. Exits with status 2 and one line for a UserError
+    or an OSError, with 1 and a traceback for any other exception, and writes failure.json in both cases.
     """
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 1:
         sys.exit(f"usage: python -m {sys.orig_argv[2] if len(sys.orig_argv) > 2 else 'gpt2.<stage>'} DIRECTORY")
+    path = Path(arguments[0])
     try:
-        directory = StageDir(Path(arguments[0]))
+        directory = StageDir(path)
         with directory.lock():
+            clear_failure(path)
             if directory.begin():
                 work(directory)
-    except UserError as error:
-        fail(str(error), 2)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            fail(f"no space left for {arguments[0]}: free some and run again, finished work is kept", 2)
-        fail(describe(error), 2)
-    except Exception:
+    except (UserError, OSError) as error:
+        message = error_message(error)
+        write_failure(path, Failure(kind="user", message=message))
+        fail(message, 2)
+    except KeyboardInterrupt:
+        write_failure(path, Failure(kind="interrupted", message="interrupted by SIGINT; run it again to go on"))
+        raise
+    except Exception as error:
+        write_failure(path, Failure(kind="crash", message=error_message(error)))
         traceback.print_exc()
         sys.exit(1)

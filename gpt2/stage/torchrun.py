@@ -18,11 +18,11 @@ from typing import Literal, NoReturn
 import torch
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-from gpt2.atomic import NO_SPACE
 from gpt2.distributed import World, destroy_process_group, init_process_group, world_from_env
-from gpt2.errors import REFUSED, UserError, describe
+from gpt2.errors import REFUSED, UserError
 from gpt2.machine import keep_compiled
 from gpt2.stage.directory import StageDir
+from gpt2.stage.failure import Failure, clear_failure, error_message, read_failure, write_failure
 
 
 class Interrupted(Exception):
@@ -51,11 +51,13 @@ def main(work: Callable[[StageDir, World], None], directory: str) -> int:
     except Interrupted as interrupted:
         if world is not None and world.is_main:
             print(interrupted, file=sys.stderr, flush=True)
+            if read_failure(path) is None:  # else torchrun ends this rank because another one failed
+                write_failure(path, Failure(kind="interrupted", message=str(interrupted)))
         return interrupted.status
     except BaseException as error:
         if world is not None and world.is_published("saved"):
             return 143  # rank 0 saved after a signal and exited; this failure is only that it is gone
-        return report_failure(error, world)
+        return report_failure(error, world, Path(directory))
     return 0
 
 
@@ -65,6 +67,7 @@ def run(work: Callable[[StageDir, World], None], path: Path, world: World) -> No
     with ExitStack() as stack:
         if world.is_main:
             stack.enter_context(directory.lock())
+            clear_failure(path)
             finished = not directory.begin()
             world.publish("locked", "finished" if finished else "go on")
         else:
@@ -93,26 +96,26 @@ def set_determinism(mode: bool | Literal["auto"]) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # it costs time
 
 
-def report_failure(error: BaseException, world: World | None) -> int:
-    """Print why this rank failed, unless another rank failed first.
+def report_failure(error: BaseException, world: World | None, directory: Path | None = None) -> int:
+    """Print why this rank failed and write failure.json into `directory`, unless another rank failed first.
 
     Returns:
         The exit status: 2 for a message to the user, which is one line; 1 for anything else, with a traceback.
     """
-    status = 1
-    lines = "".join(traceback.format_exception(error)).rstrip().split("\n")
-    if isinstance(error, UserError):
-        status, lines = 2, [f"error: {error}"]
-    elif isinstance(error, OSError) and error.errno in NO_SPACE:
-        where = f" for {error.filename}" if error.filename else ""
-        status, lines = 2, [f"error: no space left{where}: free some and run again, finished work is kept"]
-    elif isinstance(error, OSError) and error.errno in REFUSED:
-        status, lines = 2, [f"error: {describe(error)}"]
+    message = error_message(error)
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in REFUSED):
+        status, lines = 2, [f"error: {message}"]
+    else:
+        status, lines = 1, "".join(traceback.format_exception(error)).rstrip().split("\n")
     prefix = f"[rank {world.rank}] " if world is not None and world.size > 1 and status == 1 else ""
     if world is not None and not world.publish_first("failed"):
         lines = ["exiting: another rank failed first (see its traceback)"]
-    elif status == 1:
-        get_error_handler().record_exception(error)  # for torchrun's summary
+    else:
+        if status == 1:
+            get_error_handler().record_exception(error)  # for torchrun's summary
+        if directory is not None:
+            rank = 0 if world is None else world.rank
+            write_failure(directory, Failure(kind="user" if status == 2 else "crash", message=message, rank=rank))
     print("\n".join(prefix + line for line in lines), file=sys.stderr, flush=True)
     return status
 
