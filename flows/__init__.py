@@ -1,3 +1,3 @@
-"""The flows. Prefect reads its settings when it is imported, so what they are to be is settled before any flow is."""
+"""The flows. flows.environment sets Prefect's variables, which Prefect reads when it is imported."""
 
 import flows.environment  # noqa: F401

@@ -1,8 +1,8 @@
-"""Tokenization on a Dask cluster that Prefect starts or joins, from any addresses to any address.
+"""Tokenize on a Dask cluster that Prefect starts or connects to; input and output are fsspec URLs.
 
     tokenize_on_cluster(["s3://bucket/fineweb/000.parquet", ...], "s3://bucket/shards")
 
-starts a cluster on this machine; for one that runs, or that Dask can start elsewhere:
+starts a cluster on this machine. To use a running cluster:
 
     tokenize_on_cluster.with_options(task_runner=DaskTaskRunner(address="tcp://scheduler:8786"))(...)
 """
@@ -22,12 +22,12 @@ from gpt2.tokenize.cluster import tokenize_to
 def tokenize_on_cluster(
     inputs: list[str], output: str, config: TokenizeConfig | None = None, column: str = "text"
 ) -> TokenizeFacts:
-    """Shards and facts.json under `output`, the bytes of a single machine; see gpt2.tokenize.cluster.
+    """Write shards and facts.json under `output`, with the bytes of a single machine; see gpt2.tokenize.cluster.
 
-    The units are the cluster's tasks, thousands of them, and none of Prefect's: those would cost more than the work.
+    The units of work are Dask tasks, not Prefect tasks: thousands of those would cost more than the work.
     """
     context = FlowRunContext.get()
     assert context is not None and isinstance(context.task_runner, DaskTaskRunner)
-    _ = context.task_runner.client  # starts or joins the cluster: prefect-dask leaves it until a task is submitted
+    _ = context.task_runner.client  # starts or connects to the cluster; prefect-dask does so at the first submit only
     with get_dask_client() as client:
         return tokenize_to(client, inputs, output, config or TokenizeConfig(), column)

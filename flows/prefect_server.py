@@ -1,55 +1,53 @@
-"""The Prefect server of a run that has none: tied to the run's process, and started again if it ends early.
+"""An embedded Prefect server: it ends with the flow's process and is restarted if it exits early.
 
-The run's process owns the listening socket and hands it to the server. So the address stays the same when the server
-is started again, and requests made meanwhile wait in the socket's queue instead of being refused.
+The flow's process owns the listening socket and passes it to the server. The address is therefore the same after a
+restart, and requests during the restart wait in the socket's queue instead of being refused.
 """
 
 from __future__ import annotations
 
 import atexit
-import os
 import secrets
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections import deque
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from types import TracebackType
 
-from flows.databases import locked, make_ready, prefect_database
-from flows.environment import HOST, PORTS, last_words, note, wait_until_up
+from flows.databases import database_lock, prefect_database, prepare_database
+from flows.environment import variable
+from flows.server_process import HOST, PORTS, error_line, print_note, start_server, wait_until_up
 from gpt2.errors import UserError
-from tasks.launch import TETHER
 
-AGAIN_SECONDS = 5.0
-"""between two attempts to start a server again"""
+RESTART_SECONDS = 5.0
+"""pause between attempts to restart the server"""
 DATABASE = "PREFECT_API_DATABASE_CONNECTION_URL"
 IN_MEMORY = "sqlite+aiosqlite:///file::memory:?cache=shared&uri=true&check_same_thread=false"
 _until_exit = ExitStack()
 
 
-def settle_prefect(store: Path, api_url: str | None = None, auth: str | None = None) -> None:
-    """Use the server that PREFECT_API_URL or the active profile names, else the one at `api_url`, else start one with
-    its state in the store. For the rest of this process: what Prefect has to say about a run, it says until the end.
+def use_prefect_server(store: Path, api_url: str | None = None, auth: str | None = None) -> None:
+    """Use, until this process exits, the server of PREFECT_API_URL or of the active profile, else the one at `api_url`,
+    else an embedded server with its database in the store.
 
     Args:
-        auth: user:password for the server at `api_url`, where it asks for them
+        auth: user:password of the server at `api_url`, if it requires them.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 
     if PREFECT_API_URL.value() not in (None, api_url):
         return
-    atexit.register(_until_exit.close)  # hooks run in reverse: after those that Prefect registers from here on
+    atexit.register(_until_exit.close)  # hooks run in reverse order: after those that Prefect registers later
     page = None
     if api_url is None:
         server = _until_exit.enter_context(EmbeddedServer(store))
         api_url, auth = server.url, server.auth
-        page = f"http://{HOST}:{PORTS['prefect']}"  # of the one that `make up` starts on the same database
-    given = {PREFECT_API_URL: api_url, PREFECT_API_AUTH_STRING: auth}
-    _until_exit.enter_context(temporary_settings(given, set_defaults={PREFECT_UI_URL: page} if page else None))
+        page = f"http://{HOST}:{PORTS['prefect']}"  # `make up` serves the same database there
+    settings = {PREFECT_API_URL: api_url, PREFECT_API_AUTH_STRING: auth}
+    _until_exit.enter_context(temporary_settings(settings, set_defaults={PREFECT_UI_URL: page} if page else None))
 
 
 def database_url(store: Path) -> str:
@@ -57,23 +55,22 @@ def database_url(store: Path) -> str:
 
 
 class ServerFailed(Exception):
-    """The server ended before it answered; the text is the last line that it printed."""
+    """The server exited before it answered; the text is the error line of its log."""
 
 
 class EmbeddedServer:
-    """`with EmbeddedServer(store) as server:` runs Prefect's own application under uvicorn at `server.url`.
+    """`with EmbeddedServer(store) as server:` runs Prefect's application under uvicorn at `server.url`.
 
-    If the store's database cannot be used (no space, read-only, written by another version of Prefect), the state is
-    kept in memory: a run does not depend on its history.
+    The state is kept in memory if the store's database is unusable: no space, read-only, or another Prefect version.
     """
 
     def __init__(self, store: Path) -> None:
         self.store = store
         self.auth = f"gpt2:{secrets.token_urlsafe(24)}"
-        """other users of the machine can reach the port, and must not change the state of this run"""
+        """user:password; other users of the machine can reach the port"""
         self.url = ""
         self._socket = socket.socket()
-        self._database = os.environ.get(DATABASE)
+        self._database = variable(DATABASE)
         self._process: subprocess.Popen[str] | None = None
         self._last_lines: deque[str] = deque(maxlen=200)
         self._closing = threading.Event()
@@ -85,9 +82,9 @@ class EmbeddedServer:
         self._socket.listen(1024)
         self.url = f"http://{HOST}:{self._socket.getsockname()[1]}/api"
         try:
-            self._start_first()
+            self._start_initial()
         except BaseException:
-            self._end()
+            self._stop()
             raise
         self._supervisor.start()
         return self
@@ -95,21 +92,21 @@ class EmbeddedServer:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._end()
+        self._stop()
 
     # -------------------------------------------------------------------------------------------------------- starting
 
-    def _start_first(self) -> None:
+    def _start_initial(self) -> None:
         if self._database is None:
             try:
-                with locked(self.store):
-                    make_ready(prefect_database(self.store))
+                with database_lock(self.store):
+                    prepare_database(prefect_database(self.store))
                     self._start(database_url(self.store))
                 self._database = database_url(self.store)
                 return
             except (OSError, ServerFailed) as error:
                 path = prefect_database(self.store)
-                note(f"{path} cannot be used ({error}): this run is left out of Prefect's history")
+                print_note(f"{path} is not usable ({error}): Prefect's history will not include this run")
             self._database = IN_MEMORY
         try:
             self._start(self._database)
@@ -118,24 +115,16 @@ class EmbeddedServer:
 
     def _start(self, database: str) -> None:
         """Start a server and wait until it answers."""
-        application = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        module = ["uvicorn", "--factory", "prefect.server.api.server:create_app"]
         options = ["--fd", str(self._socket.fileno()), "--log-level", "error", "--lifespan", "on"]
-        process = subprocess.Popen(
-            [sys.executable, "-I", "-S", TETHER, str(os.getpid()), *application, *options],
-            env={
-                **os.environ,
-                DATABASE: database,
-                "PREFECT_SERVER_API_AUTH_STRING": self.auth,
-                "PREFECT__SERVER_EPHEMERAL": "1",  # neither a page nor schedules
-                "PREFECT__SERVER_FINAL": "1",
-            },
-            process_group=0,  # Ctrl-C ends the flow, which then still has something to tell the server
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            pass_fds=(self._socket.fileno(),),
+        variables = {
+            DATABASE: database,
+            "PREFECT_SERVER_API_AUTH_STRING": self.auth,
+            "PREFECT__SERVER_EPHEMERAL": "1",  # no page, no schedules
+            "PREFECT__SERVER_FINAL": "1",
+        }
+        process = start_server(
+            [*module, *options], variables, subprocess.PIPE, background=False, pass_fds=(self._socket.fileno(),)
         )
         self._process = process
         self._last_lines.clear()
@@ -145,7 +134,7 @@ class EmbeddedServer:
             process.kill()
             process.wait()
             reader.join(5)
-            raise ServerFailed(last_words("".join(self._last_lines)))
+            raise ServerFailed(error_line("".join(self._last_lines)))
 
     def _read(self, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -155,25 +144,24 @@ class EmbeddedServer:
     # ----------------------------------------------------------------------------------------------------- supervising
 
     def _supervise(self) -> None:
-        """Start the server again for as long as the run lasts. This thread also is what the kernel ties those servers
-        to, so it does not end before them."""
+        """Restart the server while the run lasts. PR_SET_PDEATHSIG follows this thread, so it outlives the servers."""
         assert self._process is not None and self._database is not None
         while True:
             status = self._process.wait()
             if self._closing.is_set():
                 return
             reason = signal.Signals(-status).name if status < 0 else f"status {status}"
-            note(f"Prefect's server ended early ({reason}); starting it again")
+            print_note(f"Prefect's server exited early ({reason}); restarting it")
             while not self._closing.is_set():
                 try:
-                    with locked(self.store) if self._database == database_url(self.store) else nullcontext():
+                    with database_lock(self.store) if self._database == database_url(self.store) else nullcontext():
                         self._start(self._database)
                     break
                 except (OSError, ServerFailed, UserError) as error:
-                    note(f"Prefect's server does not start ({error}); trying again in {AGAIN_SECONDS:.0f} s")
-                    self._closing.wait(AGAIN_SECONDS)
+                    print_note(f"Prefect's server does not start ({error}); retrying in {RESTART_SECONDS:.0f} s")
+                    self._closing.wait(RESTART_SECONDS)
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         self._closing.set()
         self._socket.close()
         if self._process is None:

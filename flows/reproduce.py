@@ -1,8 +1,8 @@
-"""From nothing to a trained GPT-2 and a report on it.
+"""Train a GPT-2 from a recipe: download, tokenize, train, evaluate, report.
 
     python -m flows.reproduce 124m [train.optim.max_lr=3e-4 runtime.gpus=4 ...]
 
-Run it again after anything has stopped it: finished stages are found finished, the others go on where they were.
+After an interruption run it again: finished stages are cached, the others resume.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ from gpt2.stage.directory import is_finished
 from gpt2.stage.manifest import Manifest
 from tasks import registry
 from tasks.launch import StageCrashed, StageFailed
-from tasks.mlflow_runs import preload
-from tasks.mlflow_sync import Mirror
+from tasks.mlflow_runs import import_mlflow
+from tasks.mlflow_sync import MlflowRunSync
 from tasks.stage import benchmark, download, evaluate, harness, report, tokenize, train
 from tasks.tracking import Tracking
 
 
 class Outcome(Section):
-    """What a run leaves: the report's manifest, and where the run is to be found on the two pages."""
+    """The report's manifest, and the run's address on MLflow's and Prefect's pages."""
 
     report: Manifest
     mlflow: str | None
-    """fragment of the run's address on an MLflow page; None if MLflow was never reached"""
+    """fragment of the run's address on an MLflow page; None if MLflow was unreachable"""
     flow_run: str
 
 
@@ -64,76 +64,78 @@ def reproduce(
     Args:
         recipe: name in conf/, or path of a .yaml file
         overrides: dotted fields of the recipe, e.g. {"train.optim.max_lr": 0.001}; the runtime's begin with "runtime."
-        runtime: name in conf/runtime/, or path; by default everything is found by looking at the machine
+        runtime: name in conf/runtime/, or path; by default detected from the machine
         store: folder of all results; by default the runtime's
     """
-    config, how = configure(recipe, overrides, runtime, store)
-    steps = plan(config, how.store, verify=how.verify)
+    config, settings = configure(recipe, overrides, runtime, store)
+    stages = plan(config, settings.store, verify=settings.verify)
     flow_run = prefect_runtime.flow_run.id
-    name_flow_run(flow_run, f"{config.name} {steps.train.address}")
+    name_flow_run(flow_run, f"{config.name} {stages.train.address}")
 
-    mirror = Mirror(config, steps, how.store, links(flow_run))
-    busy = not all(is_finished(how.store / request.address) for request in steps.requests().values())
-    with Tracking(mirror, busy=busy):
-        corpus = download(steps.download, how)
-        independent = [name for name, request in steps.benchmarks.items() if not request.inputs]
-        # first: what cannot be had is better known early
-        made, skipped = make_benchmarks(config, steps, how, independent)
-        shards = tokenize(steps.tokenize, how, corpus)
-        dependent = [name for name in steps.benchmarks if name not in independent]
-        more, skipped_more = make_benchmarks(config, steps, how, dependent, shards)
-        made |= more
+    mlflow_run = MlflowRunSync(config, stages, settings.store, prefect_tags(flow_run))
+    busy = not all(is_finished(settings.store / request.address) for request in stages.requests().values())
+    with Tracking(mlflow_run, busy=busy):
+        corpus = download(stages.download, settings)
+        independent = [name for name, request in stages.benchmarks.items() if not request.inputs]
+        # before tokenize: a missing benchmark fails early
+        benchmarks, skipped = run_benchmarks(config, stages, settings, independent)
+        shards = tokenize(stages.tokenize, settings, corpus)
+        dependent = [name for name in stages.benchmarks if name not in independent]
+        more, skipped_more = run_benchmarks(config, stages, settings, dependent, shards)
+        benchmarks |= more
         skipped |= skipped_more
         if skipped:
-            mirror.plan = steps = plan(config, how.store, skipped)
-        scored_in_training = [made[config.train.benchmark]] if config.train.benchmark else []
-        model = train(steps.train, how, shards, *scored_in_training)
-        scores = evaluate(steps.evaluate, how, model, shards, *made.values())
-        judged: list[Manifest] = []
-        if steps.harness:
+            mlflow_run.plan = stages = plan(config, settings.store, skipped)
+        train_benchmarks = [benchmarks[config.train.benchmark]] if config.train.benchmark else []
+        model = train(stages.train, settings, shards, *train_benchmarks)
+        scores = evaluate(stages.evaluate, settings, model, shards, *benchmarks.values())
+        harness_scores: list[Manifest] = []
+        if stages.harness:
             try:
-                judged = [harness(steps.harness, how, model)]
+                harness_scores = [harness(stages.harness, settings, model)]
             except StageFailed as error:
-                get_run_logger().warning("lm-evaluation-harness is left out: %s", error)
-                mirror.plan = steps = plan(config, how.store, skipped, str(error))
-        page = report(steps.report, how, shards, model, scores, *judged)
-    _register(config, steps, how, mirror)
-    _show_report(config, how.store / steps.report.address, mirror)
-    return Outcome(report=page, mlflow=mirror.fragment if mirror.run_id else None, flow_run=str(flow_run))
+                get_run_logger().warning("skipping lm-evaluation-harness: %s", error)
+                mlflow_run.plan = stages = plan(config, settings.store, skipped, str(error))
+        report_manifest = report(stages.report, settings, shards, model, scores, *harness_scores)
+    _register(config, stages, settings, mlflow_run)
+    _create_artifacts(config, settings.store / stages.report.address, mlflow_run)
+    return Outcome(
+        report=report_manifest, mlflow=mlflow_run.fragment if mlflow_run.run_id else None, flow_run=str(flow_run)
+    )
 
 
 def configure(
     recipe: str, overrides: dict[str, Any] | None, runtime: str | None, store: str | None
 ) -> tuple[RunConfig, Runtime]:
-    """What is to be run, and how.
+    """Load the recipe and the runtime settings.
 
     Raises:
-        UserError: one of them is not valid; the text names the field. Or the store cannot be written.
+        UserError: a value is not valid; the text names the field. Or the store is not writable.
     """
     overrides = dict(overrides or {})
     if store:
         overrides["runtime.store"] = store
-    config, how = load(recipe, overrides), load_runtime(runtime, overrides)
-    place = next(path for path in (how.store, *how.store.parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"the store {how.store} cannot be written: change {place}, or give runtime.store=FOLDER")
-    return config, how
+    config, settings = load(recipe, overrides), load_runtime(runtime, overrides)
+    parent = next(path for path in (settings.store, *settings.store.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"the store {settings.store} cannot be written: change {parent}, or give runtime.store=FOLDER")
+    return config, settings
 
 
-def make_benchmarks(
-    config: RunConfig, steps: Plan | BaselinePlan, how: Runtime, names: list[str], *inputs: Manifest
+def run_benchmarks(
+    config: RunConfig, stages: Plan | BaselinePlan, settings: Runtime, names: list[str], *inputs: Manifest
 ) -> tuple[dict[str, Manifest], dict[str, str]]:
-    """Make the named benchmarks: name -> manifest, and name -> why of optional ones that could not be had."""
-    made, skipped = {}, {}
+    """Run the benchmark stages: name -> manifest, and name -> error of optional benchmarks that failed."""
+    manifests, skipped = {}, {}
     for name in names:
         try:
-            made[name] = benchmark(steps.benchmarks[name], how, *inputs, label=name)
+            manifests[name] = benchmark(stages.benchmarks[name], settings, *inputs, label=name)
         except StageFailed as error:
             if not config.benchmarks[name].optional or name == config.train.benchmark:
                 raise
-            get_run_logger().warning("benchmark %s is left out: %s", name, error)
+            get_run_logger().warning("skipping benchmark %s: %s", name, error)
             skipped[name] = str(error)
-    return made, skipped
+    return manifests, skipped
 
 
 # ------------------------------------------------------------------------------------------- names, links, artifacts
@@ -144,44 +146,45 @@ def name_flow_run(flow_run: Any, name: str) -> None:
         client.update_flow_run(flow_run, name=name)
 
 
-def links(flow_run: Any) -> dict[str, str]:
-    """Tags that lead from MLflow to the flow run."""
+def prefect_tags(flow_run: Any) -> dict[str, str]:
+    """Tags of the MLflow run: ID and page of the flow run."""
     return {
         "prefect.flow_run_id": str(flow_run),
         "prefect.flow_run": without_credentials(prefect_runtime.flow_run.ui_url or ""),
     }
 
 
-def _register(config: RunConfig, steps: Plan, how: Runtime, mirror: Mirror) -> None:
-    """Put the model into MLflow's registry; what is wrong with MLflow is not wrong with the run."""
-    if mirror.run_id is None:
+def _register(config: RunConfig, stages: Plan, settings: Runtime, mlflow_run: MlflowRunSync) -> None:
+    """Register the model in MLflow; an error there does not fail the flow."""
+    if mlflow_run.run_id is None:
         return
     logger = get_run_logger()
-    train, evaluate = (how.store / request.address for request in (steps.train, steps.evaluate))
+    train, evaluate = (settings.store / request.address for request in (stages.train, stages.evaluate))
     try:
         registry.register(
-            mirror.run_id, config.name, train, evaluate, mirror.uri,
-            upload_seconds=how.upload_seconds, on_line=logger.info,
+            mlflow_run.run_id, config.name, train, evaluate, mlflow_run.uri,
+            upload_seconds=settings.upload_seconds, on_line=logger.info,
         )  # fmt: skip
     except Exception as error:
-        logger.warning("the model is not in MLflow's registry (%s); the same command tries again", presentable(error))
+        logger.warning(
+            "the model is not registered in MLflow (%s); run the same command again to retry", presentable(error)
+        )
 
 
-def _show_report(config: RunConfig, directory: Path, mirror: Mirror) -> None:
-    """The report as an artifact of the flow run, and a link to the MLflow run where that has an address."""
+def _create_artifacts(config: RunConfig, directory: Path, mlflow_run: MlflowRunSync) -> None:
+    """Artifacts of the flow run: the report, and a link to the MLflow run if it has a page."""
     text = (directory / "report.md").read_text(encoding="utf-8")
-    text = re.sub(r"^!\[.*\]\(.*\)\s*$", "", text, flags=re.MULTILINE)  # the page cannot show the store's pictures
+    text = re.sub(r"^!\[.*\]\(.*\)\s*$", "", text, flags=re.MULTILINE)  # Prefect's page cannot show local images
     create_markdown_artifact(
         key=f"report-{config.name}", markdown=f"With its plots: `{directory / 'report.html'}`\n\n{text}",
         description=f"Report of {config.name}",
     )  # fmt: skip
-    if mirror.page:
-        create_link_artifact(key=f"mlflow-{config.name}", link=mirror.page, link_text="MLflow run")
+    if mlflow_run.page:
+        create_link_artifact(key=f"mlflow-{config.name}", link=mlflow_run.page, link_text="MLflow run")
 
 
-class _OneLine(logging.Filter):
-    """An error that says what to do needs no traceback of the machinery that carried it here; and the page of a run
-    is told of at its end, when it is known whether there is one."""
+class _ShortErrors(logging.Filter):
+    """Drops tracebacks of errors for the user, and Prefect's "View at" line, which `run_summary` replaces."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if str(record.msg).startswith("View at "):
@@ -193,14 +196,14 @@ class _OneLine(logging.Filter):
 
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(_OneLine())
+    logging.getLogger(_name).addFilter(_ShortErrors())
 
 
 # ---------------------------------------------------------------------------------------------------- command line
 
 
 class Terminated(BaseException):
-    """SIGTERM came."""
+    """Raised by SIGTERM."""
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -212,9 +215,9 @@ def main(arguments: list[str] | None = None) -> int:
     return from_command_line("flows.reproduce", "Run a recipe.", _run, arguments)
 
 
-def _run(recipe: str, overrides: dict[str, Any], runtime: str | None, how: Runtime) -> str:
+def _run(recipe: str, overrides: dict[str, Any], runtime: str | None, settings: Runtime) -> str:
     outcome = reproduce(recipe, overrides, runtime)
-    return services.where(how.store, outcome.report.address, outcome.mlflow, outcome.flow_run)
+    return services.run_summary(settings.store, outcome.report.address, outcome.mlflow, outcome.flow_run)
 
 
 def from_command_line(
@@ -223,23 +226,23 @@ def from_command_line(
     run: Callable[[str, dict[str, Any], str | None, Runtime], str],
     arguments: list[str] | None,
 ) -> int:
-    """Read a recipe and overrides, run a flow on them, print what it returns; the exit status."""
+    """Parse a recipe and overrides, run a flow with them, print the text that it returns; the exit status."""
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=description)
     parser.add_argument("recipe", help="name in conf/, or path of a .yaml file")
     parser.add_argument(
         "overrides", nargs="*", metavar="field=value", help="e.g. train.optim.max_lr=3e-4 runtime.gpus=4"
     )
     parser.add_argument("--runtime", help="name in conf/runtime/, or path of a .yaml file")
-    given = parser.parse_intermixed_args(arguments)
-    again = "run the same command again to go on"
-    signal.signal(signal.SIGTERM, _terminate)  # Prefect's own handler ends the stage, then hands it on to this one
+    options = parser.parse_intermixed_args(arguments)
+    again = "run the same command again to continue"
+    signal.signal(signal.SIGTERM, _terminate)  # Prefect's handler ends the stage, then calls this one
     try:
-        threading.Thread(target=preload, daemon=True).start()  # while the server starts there is time
-        overrides = parse_overrides(given.overrides)
-        config, how = configure(given.recipe, overrides, given.runtime, None)
-        plan(config, how.store)  # what is wrong with it is better said before anything is started
-        services.connect(how.store)
-        last_words = run(given.recipe, overrides, given.runtime, how)
+        threading.Thread(target=import_mlflow, daemon=True).start()  # while the server starts
+        overrides = parse_overrides(options.overrides)
+        config, settings = configure(options.recipe, overrides, options.runtime, None)
+        plan(config, settings.store)  # report errors in it before starting a server
+        services.connect(settings.store)
+        summary = run(options.recipe, overrides, options.runtime, settings)
     except StageCrashed as error:
         return _stopped(f"error: {error}; {again}", 1)
     except (StageFailed, UserError) as error:
@@ -251,7 +254,7 @@ def from_command_line(
         return _stopped(f"stopped; {again}", 130)
     except Terminated:
         return _stopped(f"stopped by SIGTERM; {again}", 143)
-    print(last_words, flush=True)
+    print(summary, flush=True)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""python tether.py PARENT COMMAND...: become COMMAND, and be sent SIGTERM by the kernel when process PARENT dies.
+"""python exit_with_parent.py PID COMMAND...: exec COMMAND; the kernel sends it SIGTERM when its parent PID dies.
 
-However the parent ends, kill -9 included, no training is left running that nobody watches. PARENT 0 stands for
-whichever process started this one. The standard library alone, and started by path: it costs a few milliseconds.
+No training outlives its flow, even after kill -9. PID 0 stands for the current parent. Imports the standard library
+only and is started by path, which takes a few milliseconds.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ def main() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0):  # outlives exec
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it died before the kernel was asked
-        sys.exit(f"error: process {parent}, which started this one, is gone")
+    if os.getppid() != parent:  # it died before prctl
+        sys.exit(f"error: parent process {parent} has exited")
     os.execvp(command[0], command)
 
 

@@ -1,4 +1,4 @@
-"""How far a stage is, from the lines its process writes to metrics.jsonl."""
+"""Progress of a stage, read from the metrics.jsonl that its process writes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ ARTIFACT_SECONDS = 5.0
 TAIL_BYTES = 1 << 16
 
 
-class Tail:
-    """The lines that were added to a metrics file since the last look.
+class MetricsTail:
+    """The lines appended to a metrics file since the last call of `lines`.
 
-    A file that was replaced or cut, as a resumed training does, is read again from its start.
+    A file that was replaced or cut, as by a resumed training, is read again from its start.
+
+    Args:
+        last_bytes: read only this much of the end of an existing file.
     """
 
     def __init__(self, path: Path, last_bytes: int | None = None) -> None:
-        """last_bytes: of a file that is there already, read only so much of its end."""
         self.path = path
         self._inode: int | None = None
         self._offset = 0
@@ -44,35 +46,35 @@ class Tail:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
-                    return  # still being written
+                    return  # incomplete
                 self._offset += len(line)
-                if (found := parse_line(line)) is not None:
-                    yield found
+                if (values := parse_line(line)) is not None:
+                    yield values
 
 
 class Progress:
-    """The state of one stage: done of total, at what rate, and the latest figures worth showing."""
+    """Progress of one stage: units done, total, rate and the latest training loss."""
 
     def __init__(self, metrics: Path) -> None:
-        self._tail = Tail(metrics, TAIL_BYTES)
+        self._tail = MetricsTail(metrics, TAIL_BYTES)
         self._recent: deque[tuple[float, float]] = deque(maxlen=50)  # (time, done)
         self.done = 0.0
         self.total = 0.0
         self.unit = ""
         self.loss: float | None = None
 
-    def look(self) -> bool:
-        """Read what is new; whether there was anything."""
-        new = False
+    def update(self) -> bool:
+        """Read new lines; whether one of them holds progress."""
+        updated = False
         for line in self._tail.lines():
             if line.get("total"):
                 if line["done"] < self.done:
                     self._recent.clear()  # resumed at an earlier point
                 self.done, self.total, self.unit = line["done"], line["total"], line.get("unit", "")
                 self._recent.append((line["time"], self.done))
-                new = True
+                updated = True
             self.loss = line.get("train/loss", self.loss)
-        return new
+        return updated
 
     @property
     def fraction(self) -> float:
@@ -80,7 +82,7 @@ class Progress:
 
     @property
     def rate(self) -> float | None:
-        """Units a second over the latest lines; None before there are two."""
+        """Units per second over the latest lines; None before the second."""
         if len(self._recent) < 2:
             return None
         (start, first), (end, last) = self._recent[0], self._recent[-1]
@@ -94,22 +96,22 @@ class Progress:
         """E.g. "1,200 of 19,560 steps (6 %), 3.4 steps/s, 1 h 30 min left, loss 4.812"."""
         parts = [f"{self.done:,.0f} of {self.total:,.0f} {self.unit} ({100 * self.fraction:.0f} %)"]
         if self.rate is not None:
-            parts.append(pace(self.rate, self.unit))
+            parts.append(format_rate(self.rate, self.unit))
         if self.seconds_left is not None:
-            parts.append(f"{duration(self.seconds_left)} left")
+            parts.append(f"{format_duration(self.seconds_left)} left")
         if self.loss is not None:
             parts.append(f"loss {self.loss:.3f}")
         return ", ".join(parts)
 
 
-def pace(rate: float, unit: str) -> str:
+def format_rate(rate: float, unit: str) -> str:
     """3.4 steps/s, 1,204 steps/s, or 44.8 s/step."""
     if rate < 1:
         return f"{1 / rate:,.1f} s/{unit.removesuffix('s')}"
     return f"{rate:,.1f} {unit}/s" if rate < 100 else f"{rate:,.0f} {unit}/s"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """42 s, 3 min 20 s, 5 h 4 min, 2 d 3 h."""
     whole = round(seconds)
     for size, name, below, small in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
@@ -119,11 +121,11 @@ def duration(seconds: float) -> str:
     return f"{whole} s"
 
 
-# ------------------------------------------------------------------------------------------------- where it is shown
+# ---------------------------------------------------------------------------------------------------------- displays
 
 
 class Display(Protocol):
-    """Where the progress of a stage is shown. `show` is called often and decides itself when it is time again."""
+    """Shows the progress of a stage. `show` is called often and limits its own rate."""
 
     def show(self, progress: Progress) -> None: ...
 
@@ -131,8 +133,10 @@ class Display(Protocol):
 
 
 class Watch:
-    """Reads a stage's progress and shows it in several places. An exception there must not end the stage: whatever
-    raises one is logged and left out from then on."""
+    """Reads a stage's progress and shows it on several displays.
+
+    An exception in a display does not end the stage: it is logged, and the display is removed.
+    """
 
     def __init__(
         self, metrics: Path, displays: Iterable[Display], logger: logging.Logger | logging.LoggerAdapter[Any]
@@ -142,30 +146,30 @@ class Watch:
         self._displays = list(displays)
         self._logger = logger
 
-    def look(self) -> None:
+    def update(self) -> None:
         try:
-            new = self._readable and self._progress.look()
+            updated = self._readable and self._progress.update()
         except Exception as error:
-            self._logger.warning("progress is not shown any more: %s: %s", type(error).__name__, error)
-            self._readable = new = False
-        if new:
-            self._each(lambda display: display.show(self._progress))
+            self._logger.warning("progress is no longer shown: %s: %s", type(error).__name__, error)
+            self._readable = updated = False
+        if updated:
+            self._call(lambda display: display.show(self._progress))
 
     def close(self, finished: bool) -> None:
-        self._each(lambda display: display.close(self._progress, finished))
+        self._call(lambda display: display.close(self._progress, finished))
 
-    def _each(self, call: Callable[[Display], None]) -> None:
+    def _call(self, method: Callable[[Display], None]) -> None:
         for display in tuple(self._displays):
             try:
-                call(display)
+                method(display)
             except Exception as error:
-                kind = type(display).__name__
-                self._logger.warning("progress is not shown by %s any more: %s: %s", kind, type(error).__name__, error)
+                names = type(display).__name__, type(error).__name__
+                self._logger.warning("progress is no longer shown by %s: %s: %s", *names, error)
                 self._displays.remove(display)
 
 
 class LogLines:
-    """A line of log now and then: for files, services and continuous integration."""
+    """A log line per LOG_SECONDS, where stderr is not a terminal."""
 
     def __init__(self, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
         self._logger = logger
@@ -181,17 +185,17 @@ class LogLines:
 
 
 class Bar:
-    """A bar at the foot of the terminal; log lines scroll above it."""
+    """A bar at the bottom of the terminal; log lines scroll above it."""
 
     def __init__(self, label: str) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
 
-        # The console that log lines go through, if there is one: two consoles on one terminal overwrite each other.
+        # Prefect's console, which log lines use: two consoles on one terminal overwrite each other.
         shared = [h.console for h in logging.getLogger("prefect").handlers if hasattr(h, "console")]
         self._console: Console = shared[0] if shared else Console(stderr=True)
-        # Colours by name: Prefect's console has none of the styles that rich's bars are drawn in.
+        # Colours by name: Prefect's console lacks the styles of rich's bars.
         colours: Any = {"style": "bright_black", "complete_style": "green", "finished_style": "green"}
         columns = (
             TextColumn("{task.description}", style="none"),
@@ -205,7 +209,7 @@ class Bar:
     def show(self, progress: Progress) -> None:
         if not progress.total:
             return
-        if self._task is None:  # only a stage that says how far it is gets a bar
+        if self._task is None:  # no bar for a stage without progress
             self._task = self._rich.add_task(self._label, total=1.0, text="")
             self._rich.start()
         self._rich.update(self._task, completed=progress.fraction, text=progress.describe())
@@ -216,10 +220,13 @@ class Bar:
 
 
 class Artifact:
-    """A progress artifact on Prefect's page of the run. The page being unreachable does not stop the stage."""
+    """A progress artifact on Prefect's page of the run. An unreachable server does not stop the stage.
+
+    Args:
+        key: lower-case letters, digits and hyphens.
+    """
 
     def __init__(self, key: str, description: str, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
-        """key: lower-case letters, digits and hyphens."""
         self._key = key
         self._description = description
         self._logger = logger
@@ -242,10 +249,10 @@ class Artifact:
         text = f"{self._description}: {progress.describe()}"
         try:
             if self._id is None:
-                made: Any = create_progress_artifact(progress=percent, key=self._key, description=text)
-                self._id = made
+                artifact: Any = create_progress_artifact(progress=percent, key=self._key, description=text)
+                self._id = artifact
             else:
                 update_progress_artifact(artifact_id=self._id, progress=percent, description=text)
         except Exception as error:
             self._next = time.monotonic() + 60
-            self._logger.warning("progress could not be shown on Prefect's page: %s", error)
+            self._logger.warning("progress is not shown on Prefect's page: %s", error)

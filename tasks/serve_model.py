@@ -1,7 +1,7 @@
-"""The model that MLflow stores and serves: prompts in, continuations out.
+"""The pyfunc model that MLflow stores and serves: prompts in, continuations out.
 
-MLflow copies this file and the package gpt2 beside the weights and runs them where the model is loaded, with neither
-this checkout nor a pickle. `python -m tasks.registry` logs it.
+MLflow stores this file and the package gpt2 with the weights, and imports them from there when it loads the model.
+`python -m tasks.log_model` logs it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PARAMETERS: dict[str, Any] = {
     "top_k": 0,  # MLflow's parameters have no None: 0 is all tokens
     "top_p": 1.0,
     "seed": 42,
-    "stop": "",  # a text before which to end
+    "stop": "",  # end before this text
 }
 
 
 class GPT2(PythonModel):
-    """Continues prompts. The parameters are those of `python -m gpt2.generate`."""
+    """Continues prompts, with the parameters of `python -m gpt2.generate`."""
 
     def load_context(self, context: PythonModelContext) -> None:
         self.model = load_any(Path(context.artifacts["model"]), "cuda" if gpu_names() else "cpu")
@@ -36,17 +36,17 @@ class GPT2(PythonModel):
         self, context: PythonModelContext, model_input: list[str], params: dict[str, Any] | None = None
     ) -> list[str]:
         """The continuation of each prompt, without the prompt; prompt i is sampled with seed + i."""
-        given = PARAMETERS | (params or {})
+        options = PARAMETERS | (params or {})
         texts = [""] * len(model_input)
         pieces = stream_batch(
             self.model,
             model_input,
-            int(given["tokens"]),
-            temperature=float(given["temperature"]),
-            top_k=int(given["top_k"]) or None,
-            top_p=float(given["top_p"]),
-            seed=int(given["seed"]),
-            stop=[given["stop"]] if given["stop"] else [],
+            int(options["tokens"]),
+            temperature=float(options["temperature"]),
+            top_k=int(options["top_k"]) or None,
+            top_p=float(options["top_p"]),
+            seed=int(options["seed"]),
+            stop=[options["stop"]] if options["stop"] else [],
         )
         for row, piece in pieces:
             texts[row] += piece

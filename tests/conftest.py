@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run stages through Prefect and MLflow."""
+"""Fixtures for tests that run stages through Prefect and MLflow."""
 
 import json
 import shutil
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import flows.environment  # noqa: F401  before Prefect and MLflow, whose settings it makes
+import flows.environment  # noqa: F401  before Prefect and MLflow are imported
 
-# A shell's background job ignores SIGINT, and what the tests start would too: they interrupt it.
+# A shell's background job ignores SIGINT, and its children inherit that; tests send SIGINT to children.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TESTS = Path(__file__).parent
@@ -19,7 +19,7 @@ FAKE_PATH = f"{TESTS / 'fake_site'}:{TESTS}:{TESTS.parent}"
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
-    """One Prefect server for all tests that need one; starting it takes longer than any of them."""
+    """One Prefect server per session: it starts in 16 seconds."""
     from prefect.testing.utilities import prefect_test_harness
 
     with prefect_test_harness(server_startup_timeout=120):
@@ -28,7 +28,7 @@ def prefect_server() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A migrated MLflow database without runs: migrating one takes seconds, copying it none."""
+    """A migrated MLflow database without runs, to be copied: a migration takes seconds."""
     from tasks.mlflow_runs import client
 
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
@@ -38,7 +38,7 @@ def empty_mlflow_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def store(tmp_path: Path, empty_mlflow_db: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty store whose MLflow database is ready, and no setting from outside."""
+    """An empty store with a migrated MLflow database, and no MLflow variables in the environment."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "GPT2_STORE"):
         monkeypatch.delenv(name, raising=False)
     path = tmp_path / "store"
@@ -49,14 +49,14 @@ def store(tmp_path: Path, empty_mlflow_db: Path, monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture
 def fake_stages(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let every stage be started as fake_stages.py, here and in child processes; call it to say what they do."""
+    """Replace every stage by fake_stages.py, here and in child processes; call it to set their actions."""
     from gpt2.stage.table import STAGES
     from tasks import registry
 
     for name, stage in STAGES.items():
         monkeypatch.setitem(STAGES, name, stage.model_copy(update={"module": "fake_stages"}))
     monkeypatch.setenv("PYTHONPATH", FAKE_PATH)
-    monkeypatch.setattr(registry, "register", lambda *arguments, **options: "1")  # there is no model
+    monkeypatch.setattr(registry, "register", lambda *arguments, **options: "1")  # fake stages leave no model
 
     def act(**actions: str) -> None:
         monkeypatch.setenv("FAKE_STAGES", json.dumps(actions))

@@ -1,8 +1,8 @@
-"""Stages without work, for tests of what runs stages: real processes in the real frame (gpt2.stage.directory).
+"""Stages without work, in real processes and the real frame (gpt2.stage.directory), for tests of the flows.
 
-Started as `python -m fake_stages DIRECTORY`. FAKE_STAGES in the environment may say otherwise for a stage, as JSON
-{stage: action}: "user error", "bug", "crash once" (ends itself with SIGKILL, once a directory), "wait" (until it is
-sent SIGTERM, which it notes in a file), or "stop at N" (training fails after step N, once a directory).
+Started as `python -m fake_stages DIRECTORY`. The variable FAKE_STAGES sets actions as JSON {stage: action}: "user
+error", "bug", "crash once" (SIGKILL in a directory's first session), "wait" (until SIGTERM, then write a file), or
+"stop at N" (training fails after step N in a directory's first session).
 """
 
 import json
@@ -35,7 +35,7 @@ def work(directory: StageDir) -> None:
     stage = directory.request.stage
     with open(directory.path / "sessions", "a") as file:
         file.write(f"{os.getpid()}\n")
-    print(f"{stage} at work", flush=True)
+    print(f"running {stage}", flush=True)
     action = json.loads(os.environ.get("FAKE_STAGES", "{}")).get(stage, "")
     first = len((directory.path / "sessions").read_text().splitlines()) == 1
     if action == "user error":
@@ -51,12 +51,12 @@ def work(directory: StageDir) -> None:
 
 
 def _wait(path: Path) -> None:
-    def leave(number: int, frame: object) -> None:
+    def save(number: int, frame: object) -> None:
         (path / "saved").write_text(signal.Signals(number).name)
         print("saved", flush=True)
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGTERM, save)
     (path / "waiting").write_text(str(os.getpid()))
     while True:
         time.sleep(0.05)
@@ -70,7 +70,7 @@ def _write(directory: StageDir, name: str, text: str) -> str:
 
 def download(directory: StageDir, action: str) -> tuple[list[str], Facts]:
     name = _write(directory, "data/00000-a.txt", "text\n")
-    return [name], DownloadFacts(kind="local", text_column=None, files=(name,), total_bytes=5, origin="made up")
+    return [name], DownloadFacts(kind="local", text_column=None, files=(name,), total_bytes=5, origin="fake")
 
 
 def tokenize(directory: StageDir, action: str) -> tuple[list[str], Facts]:
@@ -90,11 +90,11 @@ def tokenize(directory: StageDir, action: str) -> tuple[list[str], Facts]:
 
 def benchmark(directory: StageDir, action: str) -> tuple[list[str], Facts]:
     name = _write(directory, "benchmark.json", "{}")
-    return [name], BenchmarkFacts(kind="continuation", examples=4, chance=0.25, origin="made up")
+    return [name], BenchmarkFacts(kind="continuation", examples=4, chance=0.25, origin="fake")
 
 
 def train(directory: StageDir, action: str) -> tuple[list[str], Facts]:
-    """Losses that depend on the configuration and the step alone; a checkpoint each CHECKPOINT_EVERY steps."""
+    """Losses are a function of configuration and step; a checkpoint every CHECKPOINT_EVERY steps."""
     config = directory.request.config
     checkpoint = directory.path / "checkpoint"
     start = int(checkpoint.read_text()) if checkpoint.exists() else 0
@@ -137,7 +137,7 @@ def report(directory: StageDir, action: str) -> tuple[list[str], Facts]:
     names = [
         _write(directory, "report.md", f"# {directory.request.config['title']}\n\n![loss](plots/loss.png)\n"),
         _write(directory, "report.html", "<h1>report</h1>"),
-        _write(directory, "plots/loss.png", "not really"),
+        _write(directory, "plots/loss.png", "not an image"),
     ]
     return names, ReportFacts(headline={"val_loss": 2.0})
 

@@ -1,4 +1,4 @@
-"""Waiting for what other processes do: for a condition, never for a time or for a file merely to exist."""
+"""Wait for other processes: for a condition, never for a time or for the existence of a file."""
 
 import socket
 import time
@@ -16,7 +16,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 90) -> None:
 
 
 def written(path: Path) -> str:
-    """What another process has written to the file in one piece; "" before. The file exists a moment earlier."""
+    """Text that another process writes in one call; "" before, also while the file exists but is empty."""
     try:
         return path.read_text()
     except FileNotFoundError:

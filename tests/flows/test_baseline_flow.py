@@ -1,4 +1,4 @@
-"""A recipe's baselines through Prefect, to an MLflow run of their own and into the recipe's report."""
+"""A recipe's baselines: the flow, their MLflow run, the recipe's report."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,21 +7,22 @@ import pytest
 import torch
 from fixtures.report_store import Store
 from mlflow import MlflowClient
-from test_pipeline import planned, recipe, run
+from toy_recipe import planned, recipe, run
 
 from gpt2.config.recipe import load
 from gpt2.config.run import RunConfig
 from gpt2.plan import plan_baseline
 from gpt2.stage.facts import EvaluateFacts, PretrainedFacts
 from gpt2.stage.manifest import Manifest, read_model
-from tasks.baseline import record
-from tasks.mlflow_runs import client, tracking_uri
+from tasks.baseline import record_baseline
+from tasks.environment import tracking_uri
+from tasks.mlflow_runs import client
 
 pytestmark = pytest.mark.slow
 
 
 def with_baseline(tmp_path: Path) -> tuple[Path, RunConfig]:
-    """A toy recipe beside a GPT-2 that transformers has written."""
+    """A toy recipe with a baseline: a random GPT-2 that transformers wrote."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(7)
@@ -32,8 +33,8 @@ def with_baseline(tmp_path: Path) -> tuple[Path, RunConfig]:
     return path, load(str(path))
 
 
-def test_measured_once_and_drawn_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bugs: a baseline measured on other tokens than ours, doubled in MLflow, or never seen by the report."""
+def test_a_baseline_is_evaluated_once_and_in_the_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bugs: a baseline evaluated on other tokens, recorded twice in MLflow, or missing in the report."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     path, config = with_baseline(tmp_path)
     store = tmp_path / "store"
@@ -44,17 +45,17 @@ def test_measured_once_and_drawn_in_the_report(tmp_path: Path, monkeypatch: pyte
     assert facts.val_tokens == 8192
     assert 10.5 < facts.val_loss < 11.2, "random weights know nothing; ln 50257 is 10.82"
 
-    run_id = record(config, "theirs", steps, store)
+    run_id = record_baseline(config, "theirs", steps, store)
     mlflow = client(tracking_uri(store))
-    (found,) = mlflow.search_runs([e.experiment_id for e in mlflow.search_experiments()])
-    assert found.info.run_id == run_id, "the flow has told it already"
-    assert found.data.metrics["evaluate/val_loss"] == facts.val_loss
-    assert found.data.metrics["evaluate/continuation/acc"] == facts.scores["continuation"].acc
+    (mlflow_run,) = mlflow.search_runs([e.experiment_id for e in mlflow.search_experiments()])
+    assert mlflow_run.info.run_id == run_id, "the flow has recorded it"
+    assert mlflow_run.data.metrics["evaluate/val_loss"] == facts.val_loss
+    assert mlflow_run.data.metrics["evaluate/continuation/acc"] == facts.scores["continuation"].acc
 
     run(path, store)
     markdown = (store / planned(path, store).report.address / "report.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines() if line[:1] == "|"]
-    (head,) = (row for row in rows if row[:2] == ["", "target"])
+    head = next(row for row in rows if "theirs (measured)" in row)
     theirs = {row[0]: row[head.index("theirs (measured)")] for row in rows if len(row) == len(head)}
     score = facts.scores["continuation"]
     assert theirs["validation loss (nats per token)"] == f"{facts.val_loss:.4f}"
@@ -62,10 +63,8 @@ def test_measured_once_and_drawn_in_the_report(tmp_path: Path, monkeypatch: pyte
     assert theirs["Continuation acc_norm"] == f"{score.acc_norm:.4f}"
 
 
-def test_a_run_that_mlflow_lost_half_way_is_gone_on_with(
-    tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bug: a server that fails after it has made the run gets a second one from the next call."""
+def test_an_incomplete_mlflow_run_is_continued(tmp_path: Path, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a server that fails after it created the run gets a second one."""
     _, config = with_baseline(tmp_path)
     steps = plan_baseline(config, "theirs", store)
     files = Store.finish.__get__(SimpleNamespace(path=store))
@@ -78,13 +77,13 @@ def test_a_run_that_mlflow_lost_half_way_is_gone_on_with(
     with monkeypatch.context() as patched:
         patched.setattr(MlflowClient, "log_batch", fail)
         with pytest.raises(ConnectionError):
-            record(config, "theirs", steps, store)
-    run_id = record(config, "theirs", steps, store)
+            record_baseline(config, "theirs", steps, store)
+    run_id = record_baseline(config, "theirs", steps, store)
     mlflow = client(tracking_uri(store))
-    (found,) = mlflow.search_runs([each.experiment_id for each in mlflow.search_experiments()])
-    assert (found.info.run_id, found.info.status) == (run_id, "FINISHED")
-    assert found.data.metrics["evaluate/val_loss"] == 3.5
-    assert record(config, "theirs", steps, store) == run_id
+    (mlflow_run,) = mlflow.search_runs([each.experiment_id for each in mlflow.search_experiments()])
+    assert (mlflow_run.info.run_id, mlflow_run.info.status) == (run_id, "FINISHED")
+    assert mlflow_run.data.metrics["evaluate/val_loss"] == 3.5
+    assert record_baseline(config, "theirs", steps, store) == run_id
 
 
 def test_a_recipe_without_baselines_says_so(tmp_path: Path) -> None:

@@ -20,14 +20,14 @@ import yaml
 from paths import ROOT
 from waiting import free_port, gone, wait_for, written
 
-from flows import services
-from flows.environment import answers
+from flows import service_records, services
+from flows.server_process import answers
 from gpt2.config import recipe
 from gpt2.errors import UserError
 
 
 def test_every_recipe_has_a_deployment() -> None:
-    """A recipe that prefect.yaml forgets cannot be started from the page."""
+    """Bug: prefect.yaml lacks a recipe."""
     deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
     assert sorted(entry["name"] for entry in deployments) == sorted([*recipe.names(), "baseline"])
     for entry in deployments:
@@ -37,8 +37,7 @@ def test_every_recipe_has_a_deployment() -> None:
         assert callable(getattr(importlib.import_module(module.removesuffix(".py").replace("/", ".")), function))
 
 
-def test_a_port_in_use_is_one_message_with_the_way_out(tmp_path: Path) -> None:
-    """By default the server's log says so, and whoever called it waits."""
+def test_a_port_in_use_is_one_line_with_the_process_and_another_port(tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -46,34 +45,31 @@ def test_a_port_in_use_is_one_message_with_the_way_out(tmp_path: Path) -> None:
         words = ["up", "--store", str(tmp_path), "--prefect-port", str(free_port()), "--mlflow-port", str(port)]
         done = subprocess.run([sys.executable, "-m", "flows.services", *words], capture_output=True, text=True)
     assert done.returncode == 2
-    assert re.fullmatch(
-        rf"error: port {port}, wanted for mlflow, is in use by process {os.getpid()} \(\S+\): stop that, or take "
-        rf"another with make up ARGS='--mlflow-port {port + 1}'\n",
-        done.stderr,
-    )
-    assert services.running(tmp_path) == {}
+    pattern = rf"error: port {port} .*process {os.getpid()} \(\S+\).*ARGS='--mlflow-port {port + 1}'\n"
+    assert re.fullmatch(pattern, done.stderr)
+    assert service_records.running_urls(tmp_path) == {}
 
 
-def test_another_process_with_the_old_number_is_not_ours(tmp_path: Path) -> None:
-    """`make down` after a reboot must not stop whatever got the number since."""
+def test_another_process_with_the_recorded_pid_is_not_a_service(tmp_path: Path) -> None:
+    """Bug: `make down` after a reboot stops another process."""
     note = tmp_path / "services" / "prefect.json"
     note.parent.mkdir()
     note.write_text(json.dumps({"pid": os.getpid(), "created": 1.0, "url": "http://127.0.0.1:1/api"}))
-    assert services.running(tmp_path) == {}
+    assert service_records.running_urls(tmp_path) == {}
     assert services.down(tmp_path) == []
     note.write_text(json.dumps({"pid": os.getpid(), "created": psutil.Process().create_time(), "url": "here"}))
-    assert services.running(tmp_path) == {"prefect": "here"}
+    assert service_records.running_urls(tmp_path) == {"prefect": "here"}
 
 
-def test_the_login_goes_to_our_own_servers_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bug: a tracking server elsewhere is sent the password of the one on this store."""
+def test_the_login_is_sent_to_the_servers_of_the_store_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: another tracking server receives the password."""
     (tmp_path / "services").mkdir()
     ours = {"prefect": "http://127.0.0.1:1/api", "mlflow": "http://127.0.0.1:2"}
     for service, url in ours.items():
         note = {"pid": os.getpid(), "created": psutil.Process().create_time(), "url": url, "auth": True}
         (tmp_path / "services" / f"{service}.json").write_text(json.dumps(note))
-    settled: list[Any] = []
-    monkeypatch.setattr(services, "settle_prefect", lambda *given: settled.append(given))
+    calls: list[Any] = []
+    monkeypatch.setattr(services, "use_prefect_server", lambda *arguments: calls.append(arguments))
     monkeypatch.setattr(os, "environ", {"MLFLOW_TRACKING_URI": "http://elsewhere"})
     services.connect(tmp_path)
     assert os.environ == {"MLFLOW_TRACKING_URI": "http://elsewhere"}
@@ -83,17 +79,17 @@ def test_the_login_goes_to_our_own_servers_only(tmp_path: Path, monkeypatch: pyt
     names = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
     assert os.environ["MLFLOW_TRACKING_URI"] == ours["mlflow"]
     assert ":".join(os.environ[name] for name in names) == login
-    assert settled == [(tmp_path, ours["prefect"], login)] * 2
+    assert calls == [(tmp_path, ours["prefect"], login)] * 2
 
 
 def test_a_worker_needs_a_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    with pytest.raises(UserError, match="PREFECT_API_URL is not set: a worker needs a server; make up starts both"):
+    with pytest.raises(UserError, match="PREFECT_API_URL"):
         services.worker(tmp_path)
 
 
 def test_compose_starts_commands_that_exist() -> None:
-    """The stack cannot be run where there is no Docker: at least its parts name each other rightly."""
+    """Without Docker: services, volumes, commands and copied paths exist."""
     stack = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
     assert set(stack["services"]) == {"database", "prefect", "mlflow", "worker"}
     for service in stack["services"].values():
@@ -111,11 +107,11 @@ def test_compose_starts_commands_that_exist() -> None:
         assert (ROOT / name).exists() and f"!{name}" in ignored
 
 
-# ----------------------------------------------------------------------------------------------------------- for real
+# ------------------------------------------------------------------------------------------------- real services
 
 
 class Up:
-    """The services on ports of their own, with stages that take no time."""
+    """The services on free ports, with fake stages."""
 
     def __init__(self, store: Path) -> None:
         self.store = store
@@ -125,8 +121,8 @@ class Up:
         ports = ["--prefect-port", str(free_port()), "--mlflow-port", str(free_port())]
         started = self.services("up", *ports)
         assert started.returncode == 0, started.stderr
-        self.urls = services.running(store)
-        self.env |= services.client_environment(store)
+        self.urls = service_records.running_urls(store)
+        self.env |= service_records.client_environment(store)
 
     def services(self, *words: str) -> Any:
         command = [sys.executable, "-m", "flows.services", *words, "--store", str(self.store)]
@@ -148,11 +144,11 @@ def up(store: Path, fake_stages: Callable[..., None]) -> Iterator[Up]:
 
 @pytest.mark.slow
 def test_up_deploy_run_cancel_down(up: Up) -> None:
-    """The documented path, and a cancellation from the page: training must end in order, not live on as an orphan."""
-    assert up.services("up").returncode == 0  # once more changes nothing
-    assert services.running(up.store) == up.urls
+    """The documented path, and a cancellation from the page, after which training saves and exits."""
+    assert up.services("up").returncode == 0  # idempotent
+    assert service_records.running_urls(up.store) == up.urls
 
-    # Whoever may post here runs code as us: no other user of the machine, and no page in a browser.
+    # A client of Prefect runs code as this user: other users and web pages need the login.
     for url in (f"{up.urls['prefect']}/flows/filter", f"{up.urls['mlflow']}/api/2.0/mlflow/experiments/search"):
         assert httpx.post(url, json={"max_results": 1} if "mlflow" in url else {}).status_code == 401
     folder = up.store / "services"
@@ -168,10 +164,10 @@ def test_up_deploy_run_cancel_down(up: Up) -> None:
     wrong = up.prefect("deployment", "run", "reproduce-gpt2/demo", "-p", 'overrides={"train.max_stepz": 1}', "--watch")
     assert wrong.returncode == 1
 
-    # A training that waits, started and cancelled as from the page. The worker's environment is not ours any more.
+    # A waiting training, cancelled as from the page. The worker is restarted with another FAKE_STAGES.
     for pid in [note["pid"] for note in [json.loads((up.store / "services" / "worker.json").read_text())]]:
         os.kill(pid, signal.SIGTERM)
-    wait_for(lambda: services._process(up.store, "worker") is None)
+    wait_for(lambda: service_records.running_process(up.store, "worker") is None)
     up.env["FAKE_STAGES"] = '{"train": "wait"}'
     assert up.services("up").returncode == 0
     started = up.prefect("deployment", "run", "reproduce-gpt2/demo", "-p", 'overrides={"train.seed": 7}')
@@ -185,9 +181,9 @@ def test_up_deploy_run_cancel_down(up: Up) -> None:
     wait_for(lambda: gone(pid))
     wait_for(lambda: "CANCELLED" in up.prefect("flow-run", "inspect", flow_run.group()).stdout.upper())
 
-    # A flow from the command line finds the login; MLflow has its run only if it does.
+    # A flow from the command line reads the login, without which MLflow refuses its run.
     words = ["demo", f"runtime.store={up.store}", "train.max_steps=12", "train.optim.warmup_steps=2"]
-    plain = {name: value for name, value in up.env.items() if name not in services.client_environment(up.store)}
+    plain = {name: value for name, value in up.env.items() if name not in service_records.client_environment(up.store)}
     flow = subprocess.run(
         [sys.executable, "-m", "flows.reproduce", *words], env=plain, capture_output=True, text=True, timeout=300
     )
@@ -196,6 +192,6 @@ def test_up_deploy_run_cancel_down(up: Up) -> None:
 
     down = up.services("down")
     assert down.stdout == "stopped: worker, mlflow, prefect\n"
-    assert services.running(up.store) == {}
+    assert service_records.running_urls(up.store) == {}
     assert not answers(f"{up.urls['prefect']}/health")
     assert up.services("status").stdout.count("not running") == 3

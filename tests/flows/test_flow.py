@@ -1,4 +1,4 @@
-"""The chain of stages: what is shared, what goes on after a failure, and how a run is ended from outside."""
+"""The flow: shared stages, continuation after a failure, signals."""
 
 import os
 import signal
@@ -21,8 +21,8 @@ from gpt2.config.recipe import load
 from gpt2.errors import UserError
 from gpt2.plan import plan
 from gpt2.stage.manifest import Request, read_model
+from tasks.environment import experiment_name
 from tasks.launch import StageFailed
-from tasks.mlflow_runs import EXPERIMENT
 
 pytestmark = pytest.mark.slow  # a Prefect server and whole flows
 
@@ -45,7 +45,7 @@ def toy(store: Path, fake_stages: Callable[..., None], prefect_server: None) -> 
 
 
 def states(outcome: Outcome) -> dict[str, str]:
-    """Of the task runs of a flow run, by stage."""
+    """State of each task run of a flow run, by stage."""
     with get_client(sync_client=True) as client:
         runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[outcome.flow_run])))  # type: ignore[list-item]
     return {run.name.split()[0]: run.state_name or "" for run in runs}
@@ -53,7 +53,7 @@ def states(outcome: Outcome) -> dict[str, str]:
 
 def mlflow_runs(store: Path) -> list[Any]:
     mlflow = MlflowClient(f"sqlite:///{store}/mlflow.db")
-    experiment = mlflow.get_experiment_by_name(EXPERIMENT)
+    experiment = mlflow.get_experiment_by_name(experiment_name())
     return list(mlflow.search_runs([experiment.experiment_id])) if experiment else []
 
 
@@ -71,13 +71,13 @@ def test_a_second_run_is_cached_and_adds_nothing(toy: Callable[..., Outcome], st
     assert set(states(first).values()) == {"Completed"} and len(states(first)) == 6
     assert set(states(second).values()) == {"Cached"} and len(states(second)) == 6
     assert first.report == second.report
-    (again,) = mlflow_runs(store)
-    assert again.info.run_id == run.info.run_id and again.info.status == "FINISHED"
+    (repeated,) = mlflow_runs(store)
+    assert repeated.info.run_id == run.info.run_id and repeated.info.status == "FINISHED"
     assert steps(store, run.info.run_id) == list(range(1, 13))
-    assert again.data.tags["prefect.flow_run_id"] == second.flow_run
+    assert repeated.data.tags["prefect.flow_run_id"] == second.flow_run
 
 
-def test_runs_say_what_they_are(toy: Callable[..., Outcome], store: Path) -> None:
+def test_names_of_flow_and_task_runs(toy: Callable[..., Outcome], store: Path) -> None:
     outcome = toy()
     steps_ = plan(load("demo", TOY), store)
     with get_client(sync_client=True) as client:
@@ -93,7 +93,7 @@ def test_runs_say_what_they_are(toy: Callable[..., Outcome], store: Path) -> Non
 def test_sizes_share_the_data_and_compare_step_by_step(
     toy: Callable[..., Outcome], store: Path, corpus: dict[str, Any]
 ) -> None:
-    """Two experiments pay once for what they have in common, and stand side by side in MLflow."""
+    """Two experiments run their common stages once, and have the same steps in MLflow."""
     small = states(toy("124m", **corpus))
     large = states(toy("350m", **corpus))
     assert small["tokenize"] == "Completed"
@@ -107,10 +107,10 @@ def test_sizes_share_the_data_and_compare_step_by_step(
     assert {"train.model.n_layer", "train.optim.max_lr"} <= differ and "tokenize.shard_tokens" not in differ
 
 
-def test_a_failure_keeps_what_was_done(
+def test_a_failed_stage_keeps_the_stages_before_it(
     toy: Callable[..., Outcome], store: Path, fake_stages: Callable[..., None]
 ) -> None:
-    """In a transaction around the chain, a failed training would throw the tokenization away."""
+    """Bug: a transaction around the stages rolls tokenization back when training fails."""
     fake_stages(evaluate="user error")
     with pytest.raises(StageFailed, match=r"^evaluate \w+: shard 7 holds 3 tokens"):
         toy()
@@ -122,13 +122,13 @@ def test_a_failure_keeps_what_was_done(
     assert run.info.status == "FINISHED"
 
 
-def test_training_that_stops_goes_on_without_doubling(
+def test_a_retried_training_has_each_step_once_in_mlflow(
     toy: Callable[..., Outcome], store: Path, fake_stages: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It failed after step 6 with a checkpoint at 4: steps 5 and 6 are made twice, and stand in MLflow once."""
+    """It fails after step 6 with a checkpoint at 4: steps 5 and 6 are computed twice."""
     from tasks import stage
 
-    monkeypatch.setattr(stage.train._task, "retry_delay_seconds", 3)  # MLflow has seen step 6 by then
+    monkeypatch.setattr(stage.train._task, "retry_delay_seconds", 3)  # step 6 is in MLflow by then
     fake_stages(train="stop at 6")
     outcome = toy()
     assert states(outcome)["train"] == "Completed"
@@ -149,7 +149,7 @@ def test_an_optional_benchmark_may_be_missing(
         "evaluate": "Completed", "report": "Completed",
     }  # fmt: skip
     fake_stages()
-    after = states(toy(**wanted))  # now that it can be had, it is scored
+    after = states(toy(**wanted))  # scored once it is available
     assert {s for s, state in after.items() if state == "Completed"} == {"benchmark", "evaluate", "report"}
     required = {**wanted, "benchmarks.other": {"kind": "continuation", "seed": 8}}
     fake_stages(benchmark="user error")
@@ -157,16 +157,16 @@ def test_an_optional_benchmark_may_be_missing(
         toy(**required)
 
 
-def test_the_harness_may_fail_and_be_caught_up_on(
+def test_a_failed_harness_is_skipped_and_retried_by_the_next_run(
     toy: Callable[..., Outcome], store: Path, fake_stages: Callable[..., None]
 ) -> None:
-    """Bugs: a task whose data cannot be had costs the whole report, or its absence is taken for its result for ever."""
+    """Bugs: missing data of a task fails the report, or the report without it is final."""
     wanted = {"harness": {"tasks": ["arc_easy"]}}
     fake_stages(harness="user error")
     outcome = toy(**wanted)
     assert (states(outcome)["harness"], states(outcome)["report"]) == ("Failed", "Completed")
-    asked = read_model(store / outcome.report.address / "request.json", Request)
-    assert "harness" not in asked.inputs and "shard 7 holds 3 tokens" in asked.hints["without_harness"]
+    request = read_model(store / outcome.report.address / "request.json", Request)
+    assert "harness" not in request.inputs and "shard 7 holds 3 tokens" in request.hints["without_harness"]
     fake_stages()
     outcome = toy(**wanted)
     assert {s for s, state in states(outcome).items() if state == "Completed"} == {"harness", "report"}
@@ -185,7 +185,7 @@ def test_a_misspelt_override_fails_before_anything_runs(toy: Callable[..., Outco
 
 
 class CommandLine:
-    """`python -m flows.reproduce demo ...` with stages that take no time."""
+    """`python -m flows.reproduce demo ...` with fake stages."""
 
     def __init__(self, store: Path, env: dict[str, str]) -> None:
         self.store, self.env = store, env
@@ -209,7 +209,7 @@ def command_line(store: Path, fake_stages: Callable[..., None], prefect_server: 
 
 
 def training(store: Path) -> Path | None:
-    """Where a training waits."""
+    """Directory of a waiting training."""
     return next((path.parent for path in store.glob("train/*/waiting") if written(path)), None)
 
 
@@ -224,7 +224,7 @@ def test_errors_are_one_line_and_a_status(command_line: CommandLine, fake_stages
     assert "Traceback" not in output
 
 
-def test_the_last_lines_say_where_to_look(command_line: CommandLine) -> None:
+def test_the_last_lines_are_report_and_pages(command_line: CommandLine) -> None:
     status, output = command_line.run()
     assert status == 0
     report, mlflow, prefect = output.splitlines()[-3:]
@@ -234,10 +234,10 @@ def test_the_last_lines_say_where_to_look(command_line: CommandLine) -> None:
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_whatever_ends_the_flow_ends_training_in_order(
+def test_a_signal_to_the_flow_lets_training_save(
     command_line: CommandLine, number: signal.Signals, expected: int
 ) -> None:
-    """And the same command goes on."""
+    """And the same command continues."""
     command_line.env["FAKE_STAGES"] = '{"train": "wait"}'
     flow = command_line.start()
     wait_for(lambda: training(command_line.store) is not None)
@@ -248,7 +248,7 @@ def test_whatever_ends_the_flow_ends_training_in_order(
     wait_for(lambda: written(directory / "saved"))
     assert written(directory / "saved") == "SIGTERM"
     if number != signal.SIGKILL:
-        assert "run the same command again to go on" in command_line.output.read_text().splitlines()[-1]
+        assert "run the same command again to continue" in command_line.output.read_text().splitlines()[-1]
     command_line.env["FAKE_STAGES"] = "{}"
     status, output = command_line.run()
     assert status == 0
@@ -256,8 +256,8 @@ def test_whatever_ends_the_flow_ends_training_in_order(
     assert [run.info.status for run in mlflow_runs(command_line.store)] == ["FINISHED"]
 
 
-def test_without_a_server_the_state_lies_in_the_store(command_line: CommandLine, tmp_path: Path) -> None:
-    """A newcomer has no server, and nothing may be left outside the store."""
+def test_without_a_server_the_database_is_in_the_store(command_line: CommandLine, tmp_path: Path) -> None:
+    """Bug: Prefect's database in the home directory."""
     command_line.env.pop("PREFECT_API_URL")
     command_line.env["HOME"] = str(tmp_path)
     command_line.env.pop("PREFECT_HOME", None)
@@ -271,8 +271,8 @@ def test_without_a_server_the_state_lies_in_the_store(command_line: CommandLine,
     assert not list((tmp_path / ".prefect").glob("*.db"))
 
 
-def test_prefect_is_told_before_it_is_imported() -> None:
-    """Bug: settings that Prefect has read by the time they are set: usage is reported, a lost flow noticed late."""
+def test_settings_precede_the_import_of_prefect() -> None:
+    """Bug: Prefect reads its settings when it is imported, and then reports usage."""
     code = "import flows.reproduce; from prefect.settings import get_current_settings as s; "
     code += "print(s().server.analytics_enabled, s().flows.heartbeat_frequency)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "DO_NOT"))}

@@ -1,7 +1,4 @@
-"""The whole pipeline, as a person starts it: real Prefect, real MLflow, real processes, real files.
-
-Every run here is a process of its own started by the command line, at a size that trains in seconds.
-"""
+"""The whole pipeline from the command line, with real Prefect, MLflow and stages, at a size that trains in seconds."""
 
 import json
 import os
@@ -10,72 +7,19 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import yaml
 from safetensors.numpy import load_file
+from toy_recipe import STEPS, command, environment, planned, recipe, run
 from waiting import written
 
-from gpt2.config.recipe import load
-from gpt2.plan import Plan, plan
+from gpt2.plan import Plan
 from gpt2.stage.facts import EvaluateFacts, ReportFacts, TrainFacts
 from gpt2.stage.manifest import Manifest, read_model
 
 pytestmark = pytest.mark.slow
-
-STEPS = 40
-TOY = {
-    "download": {"source": {"kind": "installed-docs", "max_bytes": 400_000}},
-    "tokenize": {"prefix": "docs", "shard_tokens": 30_000, "val_tokens": 20_000},
-    "benchmarks": {"continuation": {"kind": "continuation", "examples": 20, "context_tokens": 24, "ending_tokens": 12}},
-    "evaluate": {"val_tokens": 8192, "benchmarks": ["continuation"]},
-}
-TRAIN = {
-    "optim": {"max_lr": 3.0e-3, "warmup_steps": 4},
-    "total_batch_size": 512,
-    "max_steps": STEPS,
-    "val": {"every": 10, "tokens": 4096},
-    "benchmark": "continuation",
-    "benchmark_every": 20,
-    "sample": {"every": 20, "tokens": 8},
-    "checkpoint": {"every": 10},
-}
-
-
-def recipe(folder: Path, name: str, **model: int) -> Path:
-    """conf/<name>.yaml at toy size."""
-    shape = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 64, **model}
-    tree = {"name": name, **TOY, "train": {**TRAIN, "model": shape}, "report": {"title": f"Toy {name}"}}
-    path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
-
-
-def command(path: Path, store: Path, *overrides: str, module: str = "flows.reproduce") -> list[str]:
-    words = [sys.executable, "-m", module, str(path), f"runtime.store={store}", "runtime.log_every=1"]
-    return [*words, *overrides]
-
-
-def environment() -> dict[str, str]:
-    """As in a shell that knows of no server."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-
-
-def run(path: Path, store: Path, *overrides: str, status: int = 0, module: str = "flows.reproduce") -> str:
-    """Run the pipeline to its end and return what it printed."""
-    done = subprocess.run(
-        command(path, store, *overrides, module=module), env=environment(), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400,
-    )  # fmt: skip
-    assert done.returncode == status, done.stdout
-    return done.stdout
-
-
-def planned(path: Path, store: Path, **overrides: object) -> Plan:
-    return plan(load(str(path), overrides), store)
 
 
 def task_states(store: Path) -> dict[str, str]:
@@ -100,7 +44,7 @@ def curve(store: Path, steps: Plan, name: str) -> list[tuple[int, float]]:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
-    """(recipe, store, output) of one whole run that nothing disturbed."""
+    """(recipe, store, output) of one whole run without interruption."""
     folder = tmp_path_factory.mktemp("pipeline")
     path, store = recipe(folder, "small"), folder / "store"
     return path, store, run(path, store)
@@ -125,7 +69,7 @@ def test_a_whole_run_leaves_a_model_scores_and_a_report(finished: tuple[Path, Pa
     assert headline.headline["val_loss"] == scores.val_loss
 
 
-def test_again_does_no_work_and_doubles_nothing(finished: tuple[Path, Path, str]) -> None:
+def test_a_second_run_is_cached_and_adds_nothing_to_mlflow(finished: tuple[Path, Path, str]) -> None:
     path, store, _ = finished
     steps = planned(path, store)
     before = {p: p.stat().st_mtime_ns for p in store.glob("*/*/manifest.json")}
@@ -136,7 +80,7 @@ def test_again_does_no_work_and_doubles_nothing(finished: tuple[Path, Path, str]
     assert before == {p: p.stat().st_mtime_ns for p in store.glob("*/*/manifest.json")}
     with sqlite3.connect(store / "mlflow.db") as database:
         runs = database.execute("select run_uuid, status from runs where lifecycle_stage = 'active'").fetchall()
-        assert len(runs) == 1, "the same recipe again is the same MLflow run"
+        assert len(runs) == 1, "one MLflow run per recipe"
         assert runs[0][1] == "FINISHED"
         points = database.execute("select step, value from metrics where key = 'val/loss' order by step").fetchall()
     assert [(step, pytest.approx(value)) for step, value in points] == curve(store, steps, "val/loss")
@@ -157,8 +101,8 @@ def test_another_learning_rate_and_another_size_share_the_data(finished: tuple[P
     assert keys == (3,)
 
 
-def test_a_deleted_stage_is_made_again_and_what_follows_is_kept(finished: tuple[Path, Path, str]) -> None:
-    """Its content is the same, so nothing after it is stale."""
+def test_a_deleted_shard_is_rewritten_and_training_stays_cached(finished: tuple[Path, Path, str]) -> None:
+    """The digest of the shards is the same."""
     path, store, _ = finished
     steps = planned(path, store)
     shard = next((store / steps.tokenize.address / "shards").glob("*train*"))
@@ -173,18 +117,14 @@ def test_a_deleted_stage_is_made_again_and_what_follows_is_kept(finished: tuple[
     assert shard.read_bytes() == golden
 
 
-def test_killed_anywhere_any_number_of_times_it_ends_in_the_same_weights(
-    finished: tuple[Path, Path, str], tmp_path: Path
-) -> None:
-    """The promise of the product: kill -9 of everything at any moment, the same command again, the same bits."""
+def test_killed_at_random_steps_the_weights_are_the_same(finished: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """kill -9 of all processes at a random moment, then the same command: the same bits."""
     path, undisturbed, _ = finished
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
+    rng = random.Random(1337)
     store = tmp_path / "store"
     steps = planned(path, store)
     metrics, manifest = store / steps.train.address / "metrics.jsonl", store / steps.train.address / "manifest.json"
-    # moments: while preparing, then at three steps of training, each met in a new process
+    # during preparation, then at three steps of training, each in a new process
     for moment in ("start", *sorted(rng.sample(range(2, STEPS), 3))):
         process = subprocess.Popen(
             command(path, store), env=environment(), start_new_session=True,
@@ -201,7 +141,7 @@ def test_killed_anywhere_any_number_of_times_it_ends_in_the_same_weights(
                 if whole and json.loads(whole[-1])["step"] >= int(moment):
                     break
                 time.sleep(0.005)
-        assert process.poll() is None, "it ended before it could be killed"
+        assert process.poll() is None, "it exited before the kill"
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     run(path, store)
@@ -210,7 +150,7 @@ def test_killed_anywhere_any_number_of_times_it_ends_in_the_same_weights(
     for name, tensor in theirs.items():
         assert tensor.tobytes() == ours[name].tobytes(), name  # type: ignore[attr-defined]
     for name in ("train/loss", "val/loss", "train/grad_norm"):
-        assert curve(store, steps, name) == curve(undisturbed, steps, name), f"{name}: no step doubled, none missing"
+        assert curve(store, steps, name) == curve(undisturbed, steps, name), f"{name}: a step twice or missing"
 
 
 def test_a_copied_store_still_hits(finished: tuple[Path, Path, str], tmp_path: Path) -> None:

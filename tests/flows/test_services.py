@@ -1,4 +1,4 @@
-"""Prefect's embedded server and the databases in the store: started at once, killed, damaged, without space."""
+"""The embedded Prefect server and the store's databases: concurrent starts, kill, corruption."""
 
 import os
 import signal
@@ -13,16 +13,16 @@ import psutil
 import pytest
 
 from flows import prefect_server
-from flows.databases import find_damage, locked, make_ready, mlflow_database, prefect_database
-from flows.environment import answers, last_words
+from flows.databases import database_lock, find_corruption, mlflow_database, prefect_database, prepare_database
 from flows.prefect_server import EmbeddedServer
+from flows.server_process import answers, error_line
 
 PAGE = 4096
 
 
 def make_database(path: Path, rows: int = 2000) -> None:
     path.parent.mkdir(exist_ok=True)
-    make_ready(path)
+    prepare_database(path)
     with closing(sqlite3.connect(path)) as database:
         database.execute("CREATE TABLE runs (id INTEGER PRIMARY KEY, name TEXT)")
         database.executemany("INSERT INTO runs (name) VALUES (?)", [(f"run {n:050}",) for n in range(rows)])
@@ -45,37 +45,37 @@ def run_count(server: EmbeddedServer) -> int:
 
 
 @pytest.mark.parametrize("first_page", [0, 3])
-def test_a_damaged_database_is_kept_aside_and_replaced(
+def test_a_corrupt_database_is_renamed_and_replaced(
     tmp_path: Path, first_page: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "mlflow.db"
     make_database(path)
-    assert find_damage(path) is None
+    assert find_corruption(path) is None
     overwrite(path, first_page)
     damaged = path.read_bytes()
-    make_ready(path)
+    prepare_database(path)
     (aside,) = tmp_path.glob("mlflow.db.damaged-*")
     assert aside.read_bytes() == damaged and path.read_bytes() == b""
     assert str(aside) in capsys.readouterr().err
-    make_ready(path)
+    prepare_database(path)
     assert list(tmp_path.glob("mlflow.db.damaged-*")) == [aside]
 
 
-def test_a_database_in_use_is_not_taken_for_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_locked_database_is_not_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flows.databases.BUSY_SECONDS", 0.1)
     path = tmp_path / "mlflow.db"
     make_database(path)
     with closing(sqlite3.connect(path)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        make_ready(path)
+        prepare_database(path)
     assert path.stat().st_size > PAGE and not list(tmp_path.glob("*.damaged-*"))
 
 
 def test_databases_are_readable_by_their_owner_only(tmp_path: Path) -> None:
-    """Under the usual umask every user of a shared machine could read them."""
+    """Bug: under the usual umask every user of the machine can read them."""
     before = os.umask(0o022)
     try:
-        with locked(tmp_path):
+        with database_lock(tmp_path):
             for path in (prefect_database(tmp_path), mlflow_database(tmp_path)):
                 make_database(path)
                 assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -84,24 +84,24 @@ def test_databases_are_readable_by_their_owner_only(tmp_path: Path) -> None:
     assert stat.S_IMODE(prefect_database(tmp_path).parent.stat().st_mode) == 0o700
 
 
-def test_the_exception_of_a_log_is_its_last_words() -> None:
+def test_the_error_line_of_a_log_is_its_last_exception() -> None:
     """Bug: the last line of SQLAlchemy's traceback is a link to its documentation."""
     log = 'Traceback (most recent call last):\n  File "a"\nsqlalchemy.exc.OperationalError: disk full\n(Background)\n'
-    assert last_words(log) == "sqlalchemy.exc.OperationalError: disk full"
-    assert last_words("one\ntwo\n") == "two" and last_words("") == "it printed nothing"
+    assert error_line(log) == "sqlalchemy.exc.OperationalError: disk full"
+    assert error_line("one\ntwo\n") == "two" and error_line("") == "no output"
 
 
 # --------------------------------------------------------------------------------------------------------------- server
 
 
 @pytest.fixture(autouse=True)
-def no_database_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_database_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(prefect_server.DATABASE, raising=False)
 
 
 @pytest.mark.slow
-def test_servers_started_at_once_in_a_fresh_store_all_come_up(tmp_path: Path) -> None:
-    """Bug: their migrations of one database break each other, and all flows but one die."""
+def test_concurrent_servers_in_a_fresh_store_all_start(tmp_path: Path) -> None:
+    """Bug: concurrent migrations corrupt the database, and all flows but one fail."""
     counts: list[int] = []
     answered = threading.Barrier(2)
 
@@ -126,12 +126,12 @@ def test_a_killed_server_is_replaced_at_the_same_address(tmp_path: Path) -> None
         url = server.url
         answer = httpx.post(f"{url}/flows/", json={"name": "kept"}, auth=("gpt2", server.auth.removeprefix("gpt2:")))
         assert answer.status_code == 201
-        assert httpx.get(f"{url}/flows/name/kept").status_code == 401  # for other users of the machine
+        assert httpx.get(f"{url}/flows/name/kept").status_code == 401  # other users of the machine
         (killed,) = psutil.Process().children()
         killed.send_signal(signal.SIGKILL)
-        # Not refused: the request waits in the socket's queue until the next server takes it.
-        again = httpx.get(f"{url}/flows/name/kept", auth=("gpt2", server.auth.removeprefix("gpt2:")), timeout=300)
-        assert again.status_code == 200
+        # The request waits in the socket's queue until the next server accepts it.
+        retried = httpx.get(f"{url}/flows/name/kept", auth=("gpt2", server.auth.removeprefix("gpt2:")), timeout=300)
+        assert retried.status_code == 200
         (replacement,) = psutil.Process().children()
         assert replacement.pid != killed.pid
     assert not replacement.is_running() and not answers(f"{url}/health")
@@ -139,7 +139,7 @@ def test_a_killed_server_is_replaced_at_the_same_address(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_run_without_a_usable_database_still_has_a_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bug: a database that another version of Prefect has written blocks even a finished run."""
+    """Bug: a database of another Prefect version stops a run, even of finished stages."""
     path = prefect_database(tmp_path)
     make_database(path)
     with closing(sqlite3.connect(path)) as database:
@@ -149,6 +149,6 @@ def test_a_run_without_a_usable_database_still_has_a_server(tmp_path: Path, caps
     before = path.read_bytes()
     with EmbeddedServer(tmp_path) as server:
         assert run_count(server) == 0
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and str(path) in said and "0123456789ab" in said
-    assert path.read_bytes()[PAGE:] == before[PAGE:]  # SQLite notes its journal's mode in the first page
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and str(path) in stderr and "0123456789ab" in stderr
+    assert path.read_bytes()[PAGE:] == before[PAGE:]  # the first page holds the journal mode

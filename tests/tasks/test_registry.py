@@ -1,4 +1,4 @@
-"""The model registry with a real MLflow: registered once, the best one champion, a prompt answered over HTTP."""
+"""The model registry with a real MLflow: versions, champion, serving over HTTP."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from trained_store import store_with_a_training
+from waiting import free_port
 
 from gpt2.config.run import ModelConfig
 from gpt2.errors import UserError
@@ -27,8 +28,9 @@ from gpt2.stage.directory import StageDir
 from gpt2.stage.facts import TrainFacts
 from gpt2.stage.manifest import Request, read_model
 from tasks.launch import StageFailed
+from tasks.log_model import REQUIREMENTS
 from tasks.mlflow_runs import client, ensure_experiment
-from tasks.registry import ADDRESS, REQUIREMENTS, Trained, _crown, _find, register, upload_limit
+from tasks.registry import ADDRESS, TrainedModel, _update_champion, find_version, register, upload_limit
 
 
 @pytest.fixture(autouse=True)
@@ -71,12 +73,11 @@ def registered(model: GPT, tmp_path_factory: pytest.TempPathFactory) -> Register
 
 
 @pytest.mark.slow
-def test_registered_whole_and_once(registered: Registered) -> None:
-    """A second version of the same weights at each repetition of the flow; a version without what it needs to be
-    judged or loaded."""
+def test_registered_once_with_metrics_and_artifacts(registered: Registered) -> None:
+    """Bugs: each run of the flow adds a version; a version without metrics or artifacts."""
     mlflow = client(registered.uri)
-    again = register(registered.run_id, "toy", registered.train, evaluation_of(registered.train), registered.uri)
-    assert again == registered.version == "1"
+    repeated = register(registered.run_id, "toy", registered.train, evaluation_of(registered.train), registered.uri)
+    assert repeated == registered.version == "1"
     (version,) = mlflow.search_model_versions("name = 'gpt2-toy'")
     assert mlflow.get_model_version_by_alias("gpt2-toy", "champion").version == version.version
     run = mlflow.get_run(registered.run_id)
@@ -101,21 +102,21 @@ def test_registered_whole_and_once(registered: Registered) -> None:
 
 
 @pytest.mark.slow
-def test_weights_trained_again_are_another_version(model: GPT, tmp_path: Path) -> None:
-    """Bug: the registry knew a training by its address alone, and kept the weights that it had."""
+def test_weights_trained_again_at_one_address_are_another_version(model: GPT, tmp_path: Path) -> None:
+    """Bug: the registry identifies a training by its address only, and keeps the earlier weights."""
     train = store_with_a_training(tmp_path, model)
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     mlflow = client(uri)
     run_id = mlflow.create_run(ensure_experiment(mlflow, tmp_path, uri)).info.run_id
-    trained = Trained(StageDir(train), None, "toy")
+    trained = TrainedModel(StageDir(train), None, "toy")
     mlflow.create_registered_model("gpt2-toy")
     mlflow.create_model_version("gpt2-toy", f"file://{tmp_path}/model", tags={ADDRESS: trained.address})
-    assert _find(mlflow, trained) is not None, "of a version that tagged no digest, and made after the training"
+    assert find_version(mlflow, trained) is not None, "a version without a digest tag, newer than the training"
     directory = StageDir(train)
     directory.finish(["checkpoints/step_00000020/model.safetensors"], directory.facts(TrainFacts))
-    again = Trained(StageDir(train), None, "toy")
-    assert again.address == trained.address
-    assert _find(mlflow, again) is None, "the training ended after that version was made"
+    retrained = TrainedModel(StageDir(train), None, "toy")
+    assert retrained.address == trained.address
+    assert find_version(mlflow, retrained) is None, "the training ended after that version was created"
     assert register(run_id, "toy", train, None, uri) == "2"
     assert register(run_id, "toy", train, None, uri) == "2"
     assert len(mlflow.search_logged_models([mlflow.get_run(run_id).info.experiment_id])) == 1
@@ -123,7 +124,7 @@ def test_weights_trained_again_are_another_version(model: GPT, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_a_killed_registration_leaves_no_copy_of_the_weights(model: GPT, store: Path) -> None:
-    """Each kill left the exported folder in the store, and one more half-logged model in MLflow."""
+    """Bug: each kill leaves an export in the store, and an incomplete model in MLflow."""
     train = store_with_a_training(store, model)
     uri = f"sqlite:///{store}/mlflow.db"
     mlflow = client(uri)
@@ -132,7 +133,7 @@ def test_a_killed_registration_leaves_no_copy_of_the_weights(model: GPT, store: 
 
     def kill(number: signal.Signals) -> list[Path]:
         with subprocess.Popen(
-            [sys.executable, "-m", "tasks.registry", run_id, "toy", str(train)],
+            [sys.executable, "-m", "tasks.log_model", run_id, "toy", str(train)],
             env={**os.environ, "MLFLOW_TRACKING_URI": uri},
             stdout=subprocess.PIPE,
             text=True,
@@ -142,9 +143,9 @@ def test_a_killed_registration_leaves_no_copy_of_the_weights(model: GPT, store: 
             process.send_signal(number)
         return list(store.glob(".registry-*"))
 
-    (left,) = kill(signal.SIGKILL)
-    assert (left / "model" / "model.safetensors").stat().st_size > 4 * model.config.n_params()
-    assert kill(signal.SIGTERM) == [], "neither its own folder nor the other's"
+    (stale,) = kill(signal.SIGKILL)
+    assert (stale / "model" / "model.safetensors").stat().st_size > 4 * model.config.n_params()
+    assert kill(signal.SIGTERM) == [], "it deletes its own directory and the stale one"
     assert register(run_id, "toy", train, None, uri) == "1"
     assert not list(store.glob(".registry-*"))
     (logged,) = mlflow.search_logged_models([experiment])
@@ -153,8 +154,8 @@ def test_a_killed_registration_leaves_no_copy_of_the_weights(model: GPT, store: 
 
 
 @pytest.mark.slow
-def test_the_stored_model_stands_alone(registered: Registered, model: GPT, tmp_path: Path) -> None:
-    """A model that works only where it was made: it brings its own code, and needs nothing else of ours."""
+def test_the_stored_model_needs_no_checkout(registered: Registered, model: GPT, tmp_path: Path) -> None:
+    """Bug: the model imports code from this checkout."""
     script = f"""
 import json, sys
 for name in ("prefect", "transformers", "huggingface_hub", "pyarrow.parquet", "datasets"):
@@ -191,10 +192,8 @@ def serving(registered: Registered) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_mlflow_serves_it(registered: Registered, model: GPT, tmp_path: Path) -> None:
-    """`mlflow models serve` on a CPU answers a prompt, obeys the parameters and refuses wrong ones."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """`mlflow models serve` answers prompts, applies the parameters and rejects wrong ones."""
+    port = free_port()
     command = ["models", "serve", "-m", "models:/gpt2-toy@champion", "--env-manager", "local", "-p", str(port)]
     with open(tmp_path / "log", "w") as log:
         server = subprocess.Popen(
@@ -229,9 +228,9 @@ def test_mlflow_serves_it(registered: Registered, model: GPT, tmp_path: Path) ->
         params = {"tokens": 12, "temperature": 1.0, "top_k": 50, "seed": 3}
         status, answer = ask({"inputs": ["Once upon", "Twice"], "params": params})
         assert status == 200, answer
-        wanted = ["".join(stream(model, "Once upon", 12, top_k=50, seed=3))]
-        wanted += ["".join(stream(model, "Twice", 12, top_k=50, seed=4))]
-        assert answer["predictions"] == wanted
+        expected = ["".join(stream(model, "Once upon", 12, top_k=50, seed=3))]
+        expected += ["".join(stream(model, "Twice", 12, top_k=50, seed=4))]
+        assert answer["predictions"] == expected
         assert ask({"inputs": ["Hi"]})[0] == 200
         assert ask({"inputs": ["Hi"], "params": {"tokens": "many"}})[0] == 400
     finally:
@@ -241,7 +240,7 @@ def test_mlflow_serves_it(registered: Registered, model: GPT, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_the_requirements_are_what_sampling_imports() -> None:
-    """A module that sampling comes to need and the served model's environment lacks: everything else is taken away."""
+    """Bug: the served model's environment lacks a module that sampling imports. All other modules are blocked."""
     script = f"""
 import importlib.metadata, re, sys
 
@@ -261,71 +260,71 @@ while queue:
 for module, distributions in importlib.metadata.packages_distributions().items():
     if not allowed & set(map(spelled, distributions)):
         sys.modules[module] = None
-import gpt2.generate.sample
-gpt2.generate.sample.encode_prompt("Once")
+from gpt2.generate.sample import encode_prompt
+encode_prompt("Once")
 print("prefect" in sys.modules, sys.modules.get("transformers"))
 """
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == "True None", "they are installed here and were taken away"
+    assert ran.stdout.strip() == "True None", "they are installed here and blocked"
 
 
 @pytest.mark.slow
 def test_the_best_loss_is_champion(model: GPT, tmp_path: Path) -> None:
-    """The newest version taken for the best; losses on different tokens compared."""
+    """Bugs: the newest version is champion; losses on other tokens are compared."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     mlflow = client(uri)
     mlflow.create_registered_model("gpt2-toy")
-    told: list[str] = []
+    messages: list[str] = []
 
     def champion_after(seed: int, val_loss: float, val_tokens: int = 999) -> str:
         train = store_with_a_training(tmp_path, model, seed=seed, val_loss=val_loss, val_tokens=val_tokens)
-        trained = Trained(StageDir(train), StageDir(evaluation_of(train)), "toy")
+        trained = TrainedModel(StageDir(train), StageDir(evaluation_of(train)), "toy")
         version = str(
             mlflow.create_model_version(
                 "gpt2-toy", f"file://{tmp_path}/model", tags={**trained.tags, ADDRESS: trained.address}
             ).version
         )
-        _crown(mlflow, trained, version, told.append)
+        _update_champion(mlflow, trained, version, messages.append)
         return str(mlflow.get_model_version_by_alias("gpt2-toy", "champion").version)
 
     assert champion_after(seed=1, val_loss=3.3) == "1"
     assert champion_after(seed=2, val_loss=3.2) == "2"
     assert champion_after(seed=3, val_loss=3.25) == "2"
     assert champion_after(seed=4, val_loss=3.2) == "2", "the first of equals stays"
-    assert told == []
+    assert messages == []
     assert champion_after(seed=5, val_loss=1.0, val_tokens=500) == "2"
-    assert "validated on other tokens" in told[0]
+    assert "version 5" in messages[0] and "version 2" in messages[0]
     assert champion_after(seed=6, val_loss=3.1) == "6"
 
 
 @pytest.mark.slow
-def test_a_server_that_accepts_and_never_answers_is_given_up(
+def test_an_upload_to_a_server_that_never_answers_times_out(
     model: GPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The flow waited up to an hour per request."""
+    """Bug: the flow waits up to an hour per request."""
     train = store_with_a_training(tmp_path, model)
-    monkeypatch.setattr("tasks.registry._find", lambda mlflow, trained: None)
+    monkeypatch.setattr("tasks.registry.find_version", lambda mlflow, trained: None)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        began = time.monotonic()
+        start = time.monotonic()
         with pytest.raises(StageFailed, match=r"more than 15 s.*upload_seconds"):
             register("0" * 32, "toy", train, None, uri, upload_seconds=15)
-        assert time.monotonic() - began < 60
+        assert time.monotonic() - start < 60
         silent.settimeout(0)
-        silent.accept()[0].close()  # the process did ask the server
+        silent.accept()[0].close()  # the process sent a request
 
 
-def test_the_limit_grows_with_the_weights() -> None:
-    """A fixed one that suits 124M would end each upload of 1558M."""
+def test_the_upload_limit_grows_with_the_weights() -> None:
+    """Bug: a limit for 124M ends each upload of 1558M."""
     assert {millions: upload_limit(millions * 1_000_000) for millions in (124, 1558)} == {124: 424, 1558: 1858}
 
 
 def test_an_unfinished_training_is_refused(model: GPT, tmp_path: Path) -> None:
     train = store_with_a_training(tmp_path, model)
     (train / "manifest.json").unlink()
-    with pytest.raises(UserError, match="not finished"):
+    with pytest.raises(UserError, match=r"train/\w+"):
         register("0" * 32, "toy", train, None, f"sqlite:///{tmp_path}/mlflow.db")
     shutil.rmtree(train)
-    with pytest.raises(UserError, match=r"holds no request\.json"):
+    with pytest.raises(UserError, match=r"request\.json"):
         register("0" * 32, "toy", train, None, f"sqlite:///{tmp_path}/mlflow.db")
