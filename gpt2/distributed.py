@@ -37,7 +37,7 @@ class World:
         return tensor
 
     def sum(self, *values: float) -> list[float]:
-        """Each number summed over the processes, in float64."""
+        """Each number summed over the processes in float64."""
         return self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
 
     def all_gather(self, value: float) -> list[float]:
@@ -51,7 +51,7 @@ class World:
         return tensor
 
     def broadcast_json(self, value: Any) -> Any:
-        """Rank 0's value, of anything that JSON can hold, on every process."""
+        """Rank 0's JSON-serializable value on every process."""
         if self.size == 1:
             return value
         text = json.dumps(value).encode()
@@ -123,16 +123,16 @@ def world_from_env(device: str | None = None) -> World:
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     on_gpu = device != "cpu" and torch.cuda.is_available()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS gives the same bits each time only with it
-    place = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for deterministic cuBLAS
+    torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
-        torch.cuda.set_device(place)
+        torch.cuda.set_device(torch_device)
     store = None
     if size > 1:
         rendezvous, _, _ = next(dist.rendezvous("env://"))
-        # torchrun may start the processes again; each start has its own keys
+        # torchrun may restart the processes; each start has its own keys
         store = dist.PrefixStore(f"start{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", rendezvous)
-    return World(rank, local_rank, size, place, store)
+    return World(rank, local_rank, size, torch_device, store)
 
 
 def init_process_group(world: World, timeout: timedelta = timedelta(minutes=10)) -> None:

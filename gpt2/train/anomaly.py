@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite, or jump: seen before they reach the weights."""
+"""Detects non-finite values and spikes of the loss and the gradient norm, before the optimizer step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from typing import Literal, NamedTuple
 
 from gpt2.config.run import AnomalyConfig
 
-Action = Literal["go on", "warn", "stop", "skip", "rollback"]
-
 
 class Verdict(NamedTuple):
-    """What is to be done about one step."""
-
-    action: Action
+    action: Literal["continue", "warn", "stop", "skip", "rollback"]
     kind: str = ""
     """not finite, loss spike or gradient spike"""
     value: float = 0.0
@@ -27,21 +23,21 @@ class Verdict(NamedTuple):
 
 
 def z_score(window: Sequence[float]) -> float:
-    """How many standard deviations the last value lies above the mean of the window it is in (llm.c's
+    """Standard deviations of the last value above the mean of the window, which includes it (llm.c's
     outlier_detector.h). At most (n - 1) / sqrt(n) in a window of n, so 11.2 for 128."""
     mean = math.fsum(window) / len(window)
     variance = math.fsum((value - mean) ** 2 for value in window) / len(window)
     return 0.0 if variance == 0.0 else (window[-1] - mean) / math.sqrt(variance)
 
 
-class Anomalies:
-    """Judges each step by its loss and gradient norm, before the weights are changed.
+class AnomalyDetector:
+    """Checks the loss and gradient norm of each step against a window of steps.
 
-    Spikes are looked for once a full window was seen. With on_spike "skip", loss_z and grad_z are llm.c's options -sl
-    and -sg.
+    Spikes are detected once the window is full. With on_spike "skip", loss_z and grad_z are llm.c's options -sl and
+    -sg.
 
     Args:
-        keep: how many finite losses and gradient norms are remembered, at least a window.
+        keep: number of finite losses and gradient norms to remember, at least a window.
     """
 
     def __init__(self, config: AnomalyConfig, keep: int = 0) -> None:
@@ -49,15 +45,14 @@ class Anomalies:
         self.losses: deque[float] = deque(maxlen=max(keep, config.window))
         self.grad_norms: deque[float] = deque(maxlen=max(keep, config.window))
 
-    def remember(self, losses: Sequence[float], grad_norms: Sequence[float]) -> None:
-        """Take over the memory of a run that was interrupted, or gone back in."""
-        self.losses.clear()
-        self.grad_norms.clear()
-        self.losses.extend(losses)
-        self.grad_norms.extend(grad_norms)
+    def restore(self, losses: Sequence[float], grad_norms: Sequence[float]) -> None:
+        """Replace the remembered values by those of a checkpoint."""
+        for values, saved in ((self.losses, losses), (self.grad_norms, grad_norms)):
+            values.clear()
+            values.extend(saved)
 
-    def judge(self, loss: float, grad_norm: float) -> Verdict:
-        """Look at one step and remember it."""
+    def check(self, loss: float, grad_norm: float) -> Verdict:
+        """Check one step; remembers its values if both are finite."""
         for value in (loss, grad_norm):
             if not math.isfinite(value):
                 return Verdict(self.config.on_nonfinite, "not finite", value)
@@ -71,4 +66,4 @@ class Anomalies:
             ):
                 if (z := z_score(tuple(window)[-self.config.window :])) > limit:
                     return Verdict(self.config.on_spike, kind, value, z)
-        return Verdict("go on")
+        return Verdict("continue")

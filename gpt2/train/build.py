@@ -1,4 +1,4 @@
-"""What a training run begins with: the model as it lies on the processes, its loss function, its first weights."""
+"""Builds the model of a training run, its loss function and its initial weights."""
 
 from __future__ import annotations
 
@@ -14,43 +14,48 @@ from gpt2.kernels.fused_gpt import FusedGPT, accelerate
 from gpt2.kernels.head import Fp8Head
 from gpt2.model.checkpoint import Snapshot, TrainState
 from gpt2.model.gpt import GPT
-from gpt2.train.data_parallel import MOMENTS, LossFn, Parallel, Replicas
+from gpt2.train.parallel import MOMENTS, DataParallel, LossFn, ParallelModel
 
 
-def build(config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:
-    """The model laid out as `runtime` says, its weights still to be filled in, and the function that gives its loss."""
+def build_model(config: TrainConfig, runtime: Runtime, world: World) -> tuple[ParallelModel, LossFn]:
+    """The model in the layout of `runtime`, its weights not initialized, and the function that computes its loss.
+
+    Raises:
+        UserError: with fsdp, the number of ranks does not divide the sequences of a step.
+    """
     with torch.device("meta"):
         model = GPT(config.model)
     model.checkpoint_blocks = runtime.activation_checkpointing is True
-    parallel: Parallel
+    parallel: ParallelModel
     if runtime.sharding == "fsdp":
-        parallel, loss_fn = _sharded(model, config, runtime, world)
+        parallel, loss_fn = _build_fsdp(model, config, runtime, world)
     else:
         model.to_empty(device=world.device)
-        parallel = Replicas(model, config.optim, world, zero1=runtime.sharding == "zero1")
+        parallel = DataParallel(model, config.optim, world, zero1=runtime.sharding == "zero1")
         loss_fn = accelerate(model, runtime, world.device, fp8_head=config.fp8_head)
     if config.fp8_head and not isinstance(loss_fn, FusedGPT):
-        print("train.fp8_head changes nothing here: only the fused kernels have such a head", file=sys.stderr)
+        print("warning: train.fp8_head has no effect: only the fused kernels have an FP8 head", file=sys.stderr)
     return parallel, loss_fn
 
 
 def has_fp8_head(loss_fn: LossFn) -> bool:
-    """Whether the head's products are made in 8 bits: asked for and to be had."""
+    """Whether the output head multiplies in FP8: it is configured, and the GPU supports it."""
     return isinstance(loss_fn, FusedGPT) and isinstance(loss_fn.head, Fp8Head)
 
 
-def _sharded(model: GPT, config: TrainConfig, runtime: Runtime, world: World) -> tuple[Parallel, LossFn]:
+def _build_fsdp(model: GPT, config: TrainConfig, runtime: Runtime, world: World) -> tuple[ParallelModel, LossFn]:
     if config.sequences_per_step % world.size:
         raise UserError(
-            f"runtime.sharding=fsdp needs the same number of sequences on every process: {config.sequences_per_step} a "
-            f"step do not divide by {world.size}; use another number of processes, or runtime.sharding=zero1"
+            f"runtime.sharding=fsdp needs the same number of sequences on every process: {config.sequences_per_step} "
+            f"sequences per step are not divisible by {world.size}; change the number of processes, or set "
+            f"runtime.sharding=zero1"
         )
     if runtime.compile:
         for block in model.blocks:
             block.compile()
-    from gpt2.train.fsdp import Shards  # slow to import
+    from gpt2.train.fsdp import FullyShardedDataParallel  # slow to import
 
-    parallel = Shards(model, config.optim, world, bf16=runtime.precision == "bf16")
+    parallel = FullyShardedDataParallel(model, config.optim, world, bf16=runtime.precision == "bf16")
 
     def loss_fn(idx: Tensor, targets: Tensor) -> Tensor:
         loss = model(idx, targets)[1]
@@ -60,11 +65,11 @@ def _sharded(model: GPT, config: TrainConfig, runtime: Runtime, world: World) ->
     return parallel, loss_fn
 
 
-def fresh(config: TrainConfig) -> Snapshot:
-    """Step 0: the recipe's initial weights, or those of `init_from`; moments at zero.
+def initial_snapshot(config: TrainConfig) -> Snapshot:
+    """Step 0: random initial weights, or those of `init_from`; optimizer state zero.
 
     Raises:
-        UserError: init_from holds no weights of this architecture, or not the planned ones.
+        UserError: init_from holds weights of another architecture, or others than planned.
     """
     model = GPT(config.model)
     if config.init_from is None:
@@ -81,5 +86,5 @@ def fresh(config: TrainConfig) -> Snapshot:
 
 
 def device_name(world: World) -> str:
-    """Of one process's device, as the driver gives it, or "cpu"."""
+    """The driver's name of this rank's GPU, or "cpu"."""
     return torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu"

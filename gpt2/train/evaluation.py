@@ -1,7 +1,8 @@
-"""What is looked at every so many steps of a training run: validation loss, a benchmark, samples of text."""
+"""Periodic evaluation of a training run: validation loss, a benchmark, text samples. Every rank calls each function."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,64 +14,66 @@ from gpt2.generate.generation import generate
 from gpt2.generate.sample import encode_prompt
 from gpt2.model.gpt import GPT
 from gpt2.tokenizer import EOT, gpt2_encoding
-from gpt2.train.trainer import Job, is_due
+from gpt2.train.trainer import Trainer
 
 
-def evaluate(job: Job) -> None:
-    """Do what is due after the step that `job` stands at, and write it down. Every process must call it."""
-    config, step = job.config, job.progress.step
-    tokens = {"train/tokens": float(step * config.total_batch_size)}
-    with job.parallel.whole() as model:
-        if is_due(config, step, config.val.every):
-            job.progress.val_loss = loss = _val_loss(job, model)
-            job.records.metrics(step, **{"val/loss": loss}, **tokens)
-            job.records.say(f"step {step:,}/{config.max_steps:,}  val loss {loss:.4f}")
-        if step and job.benchmark is not None and is_due(config, step, config.benchmark_every):
-            score = score_benchmark(model, job.benchmark, job.world, precision=job.precision)
-            figures = {f"benchmark/{config.benchmark}/{name}": value for name, value in score.figures().items()}
-            job.records.metrics(step, **figures, **tokens)
-            job.records.say(f"step {step:,}/{config.max_steps:,}  {config.benchmark} {score.figures()}")
-        if step and job.world.is_main and is_due(config, step, config.sample.every):
-            with _any_algorithm():
-                _sample(job, model)
-
-
-def _val_loss(job: Job, model: GPT) -> float:
-    return val_loss(
+def validate(trainer: Trainer, model: GPT) -> None:
+    """Mean loss over the first `val.tokens` tokens of the validation shard, in nats per token."""
+    loss = val_loss(
         model,
-        job.val_shards,
-        job.config.val.tokens,
-        job.micro_batch_size,
-        job.world,
-        precision=job.precision,
-        losses_of=getattr(job.loss_fn, "token_losses", None),  # the fast path has its own
+        trainer.val_shards,
+        trainer.config.val.tokens,
+        trainer.micro_batch_size,
+        trainer.world,
+        precision=trainer.runtime.precision,
+        losses_of=getattr(trainer.loss_fn, "token_losses", None),  # of the fused kernels
     ).loss
+    trainer.progress.val_loss = loss if math.isfinite(loss) else None  # JSON has no NaN
+    _log(trainer, {"val/loss": loss}, f"val loss {loss:.4f}")
 
 
-def _sample(job: Job, model: GPT) -> None:
-    """One text a prompt, with a seed of the step's own, so that a resumed run writes the same."""
-    config = job.config.sample
+def run_benchmark(trainer: Trainer, model: GPT) -> None:
+    """Accuracies on `train.benchmark`."""
+    assert trainer.benchmark is not None
+    name = trainer.config.benchmark
+    score = score_benchmark(model, trainer.benchmark, trainer.world, precision=trainer.runtime.precision)
+    metrics = {f"benchmark/{name}/{key}": value for key, value in score.figures().items()}
+    _log(trainer, metrics, f"{name} {score.figures()}")
+
+
+def _log(trainer: Trainer, metrics: dict[str, float], text: str) -> None:
+    step, config = trainer.progress.step, trainer.config
+    trainer.log.metrics(step, **metrics, **{"train/tokens": float(step * config.total_batch_size)})
+    trainer.log.print(f"step {step:,}/{config.max_steps:,}  {text}")
+
+
+def sample(trainer: Trainer, model: GPT) -> None:
+    """Generate one text per prompt on rank 0. The seed depends on the step, so a resumed run writes the same text."""
+    config, step = trainer.config.sample, trainer.progress.step
+    if not trainer.world.is_main:
+        return
     for number, prompt in enumerate(config.prompts):
-        ids = generate(
-            model,
-            encode_prompt(prompt),
-            config.tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            seed=job.config.seed + job.progress.step + number,
-            stop=[EOT],
-        )
+        with _nondeterministic_algorithms():
+            ids = generate(
+                model,
+                encode_prompt(prompt),
+                config.tokens,
+                temperature=config.temperature,
+                top_k=config.top_k,
+                seed=trainer.config.seed + step + number,
+                stop=[EOT],
+            )
         text = gpt2_encoding().decode([token for token in ids if token != EOT])
-        job.records.sample(job.progress.step, prompt, text)
-        job.records.say(f"step {job.progress.step:,}  {prompt!r} -> {text!r}")
+        trainer.log.sample(step, prompt, text)
+        trainer.log.print(f"step {step:,}  {prompt!r} -> {text!r}")
 
 
 @contextmanager
-def _any_algorithm() -> Iterator[None]:
-    """Allow what torch has no deterministic form of on a GPU (cumulative sums): no weight depends on a sample."""
-    wanted = torch.are_deterministic_algorithms_enabled()
+def _nondeterministic_algorithms() -> Iterator[None]:
+    """Allow operations without a deterministic GPU implementation (cumsum): samples do not affect the weights."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(wanted)
+        torch.use_deterministic_algorithms(deterministic)

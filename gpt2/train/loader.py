@@ -1,8 +1,8 @@
-"""Which tokens a step trains on: a pure function of the seed and the step.
+"""The tokens of a step are a pure function of the seed and the step.
 
-All training shards are one stream of tokens, cut into sequences. Position g of the run (step * sequences_per_step +
-place in the step) is sequence `permutation(seed, epoch)[g % n]` of epoch g // n. Nothing is remembered between steps,
-so resuming is asking for another step, and neither the number of processes nor the micro-batch changes the order.
+All training shards form one stream of tokens, cut into n sequences. Position g of the run (step * sequences_per_step +
+position in the step) is sequence `permutation(seed, epoch)[g % n]` of epoch g // n. The loader has no state, so a
+resume needs only the step, and the order does not depend on the number of ranks or the micro-batch size.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from gpt2.shards import Tokens, open_shard
 from gpt2.tokenizer import EOT
 
 ROUNDS = 6
-SCAN_TOKENS = 1 << 24  # looked at at once when document starts are sought
+SCAN_TOKENS = 1 << 24  # tokens scanned at once for document starts
 
 
 # -------------------------------------------------------------------------------------------------------- permutation
 
 
 def permute(index: NDArray[np.uint64], n: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Where `index` (values below n) goes in a pseudo-random permutation of 0..n-1 that is never held in memory.
+    """Image of `index` (values below n) under a pseudo-random permutation of 0..n-1, computed without a table.
 
-    A Feistel network is a bijection of 0..4^k-1 whatever its round function is; values that land at or past n are sent
-    through it again until they do not ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains,
-    2002). 4^k is below 4 n, so that takes under four passes on average.
+    A Feistel network is a bijection of 0..4^k-1 for any round function; values of n or more go through it again
+    ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002). 4^k < 4 n, so this takes under
+    four passes on average.
     """
     half = max(1, -(-(n - 1).bit_length() // 2))  # bits of each half: 4^half >= n
     keys = _mix(np.arange(1, ROUNDS + 1, dtype=np.uint64) ^ _mix(_word(seed) ^ _mix(_word(epoch))))
@@ -70,7 +70,7 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 class TokenStream:
-    """Several shards as one long array of tokens, mapped from their files.
+    """Several memory-mapped shards as one array of tokens.
 
     Raises:
         UserError: a shard is missing or damaged.
@@ -95,9 +95,9 @@ class TokenStream:
 
 
 def aligned_starts(stream: TokenStream, T: int) -> NDArray[np.int64]:
-    """Where sequences begin when each must begin at a document: the first document, then always the first one that
-    begins T or more tokens after the last start. No token is in two sequences; the end of a document that a sequence
-    cuts off is in none."""
+    """Start positions of sequences that each begin at a document start: the first document, then repeatedly the first
+    document T or more tokens after the last start. Sequences do not overlap; the rest of a document that a sequence
+    cuts off is not used."""
     starts = array("q")
     free = base = 0
     for shard in stream.shards:
@@ -109,15 +109,15 @@ def aligned_starts(stream: TokenStream, T: int) -> NDArray[np.int64]:
                 free = starts[-1] + T
                 at = int(np.searchsorted(documents, free))
         base += len(shard)
-    if starts and starts[-1] + T >= len(stream):  # the last one may not be whole
+    if starts and starts[-1] + T >= len(stream):  # the last sequence may be incomplete
         starts.pop()
     return np.array(starts, dtype=np.int64)
 
 
 def write_aligned_starts(shards: Sequence[Path], T: int, path: Path, world: World) -> None:
-    """Find the aligned starts, once for a run, and keep them in `path` (.npy): the whole stream has to be looked at.
+    """Scan the stream for aligned starts, once per run, and write them to `path` (.npy).
 
-    Rank 0 does it and the others wait at the store: a collective would time out where the stream is long.
+    Rank 0 scans; the other ranks wait for a key in the store, because a collective would time out on a long stream.
     """
     if not world.is_main:
         world.wait_for(path.name)
@@ -139,17 +139,17 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """Batches addressed by step.
+    """Batches indexed by step.
 
     Args:
         shards: the training shards, in reading order.
-        T: tokens of a sequence; one more is read, to be predicted.
-        vocab_size: tokens at or past it are refused.
+        T: tokens per sequence; T + 1 are read, for the targets.
+        vocab_size: larger token ids are an error.
         starts: .npy file of `write_aligned_starts`; None: sequence i begins at token i * T.
-        shuffle: a fresh permutation of all sequences each epoch; else the order of the files.
+        shuffle: permute all sequences, differently in each epoch; else the order of the files.
 
     Raises:
-        UserError: not one sequence can be had, or a shard is damaged.
+        UserError: the shards are shorter than one sequence, or damaged.
     """
 
     def __init__(
@@ -171,17 +171,17 @@ class Loader:
         if self.n_sequences < 1:
             raise UserError(
                 f"the training shards hold {len(self.stream):,} tokens, one sequence needs {T + 1:,}"
-                f"{' from a document start on' if starts else ''}: get more text or lower train.model.block_size"
+                f"{' after a document start' if starts else ''}: add text or lower train.model.block_size"
             )
 
     def sequences(self, step: int) -> NDArray[np.int64]:
-        """Numbers of the sequences of one step over all processes, in order: (sequences_per_step,)."""
+        """Sequence numbers of one step over all ranks: (sequences_per_step,) int64."""
         g = step * self.sequences_per_step + np.arange(self.sequences_per_step)
         epochs, index = np.divmod(g, self.n_sequences)
         if self.shuffle:
             for epoch in np.unique(epochs):  # a step may end one epoch and begin the next
-                inside = epochs == epoch
-                index[inside] = permute(index[inside].astype(np.uint64), self.n_sequences, self.seed, int(epoch))
+                mask = epochs == epoch
+                index[mask] = permute(index[mask].astype(np.uint64), self.n_sequences, self.seed, int(epoch))
         return index
 
     def sequence(self, number: int) -> Tokens:
@@ -189,59 +189,59 @@ class Loader:
         start = number * self.T if self.starts is None else int(self.starts[number])
         return self.stream.read(start, self.T + 1)
 
-    def batch(self, step: int, part: slice) -> Batch:
-        """The sequences at the places `part` of a step.
+    def batch(self, step: int, positions: slice) -> Batch:
+        """The sequences at `positions` of a step, 0..sequences_per_step-1.
 
         Raises:
-            UserError: a token that the vocabulary does not have.
+            UserError: a token id is outside the vocabulary.
         """
-        tokens = np.stack([self.sequence(int(number)) for number in self.sequences(step)[part]]).astype(np.int64)
+        tokens = np.stack([self.sequence(int(number)) for number in self.sequences(step)[positions]]).astype(np.int64)
         if (largest := int(tokens.max())) >= self.vocab_size:
             raise UserError(
                 f"the training shards hold token {largest:,}, the model's vocabulary ends at {self.vocab_size - 1:,}: "
-                f"they were made with another tokenizer"
+                f"use shards of the model's tokenizer"
             )
         data = torch.from_numpy(tokens)
         return Batch(data[:, :-1].contiguous(), data[:, 1:].contiguous())
 
 
-def places(sequences_per_step: int, size: int, micro_batch_size: int, rank: int) -> list[slice]:
-    """Which places of a step this process works on, one slice a micro-step, each of micro_batch_size or fewer.
+def micro_batch_slices(sequences_per_step: int, size: int, micro_batch_size: int, rank: int) -> list[slice]:
+    """Positions of a step that this rank works on, one slice of at most micro_batch_size per micro-step.
 
-    Where the numbers do not divide, some slices are one shorter, or a process has one slice less.
+    If the numbers are not divisible, some slices are one shorter, or a rank has one slice less.
     """
     own = range(rank * sequences_per_step // size, (rank + 1) * sequences_per_step // size)
-    most = -(-sequences_per_step // size)  # that any process has
-    micro_steps = -(-most // micro_batch_size)
-    cuts = [own.start + i * len(own) // micro_steps for i in range(micro_steps + 1)]
-    return [slice(low, high) for low, high in pairwise(cuts) if low < high]
+    largest_share = -(-sequences_per_step // size)
+    micro_steps = -(-largest_share // micro_batch_size)
+    bounds = [own.start + i * len(own) // micro_steps for i in range(micro_steps + 1)]
+    return [slice(low, high) for low, high in pairwise(bounds) if low < high]
 
 
 class Prefetcher:
-    """Reads the next micro-batch in a thread while this one is worked on, and sends it on its way to the device."""
+    """Reads the next micro-batch in a thread during the current one, and copies it to the device asynchronously."""
 
-    def __init__(self, loader: Loader, parts: list[slice], device: torch.device) -> None:
-        self.loader, self.parts, self.device = loader, parts, device
+    def __init__(self, loader: Loader, slices: list[slice], device: torch.device) -> None:
+        self.loader, self.slices, self.device = loader, slices, device
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._expected = (-1, 0)
+        self._next_key = (-1, 0)
         self._next: Future[Batch] | None = None
 
-    def step(self, step: int) -> Iterator[Batch]:
+    def micro_batches(self, step: int) -> Iterator[Batch]:
         """The micro-batches of one step, on the device."""
-        if self._expected != (step, 0):
+        if self._next_key != (step, 0):
             self._submit(step, 0)
-        for micro in range(len(self.parts)):
+        for micro_step in range(len(self.slices)):
             assert self._next is not None
             batch = self._next.result()
-            self._submit(*((step, micro + 1) if micro + 1 < len(self.parts) else (step + 1, 0)))
+            self._submit(*((step, micro_step + 1) if micro_step + 1 < len(self.slices) else (step + 1, 0)))
             yield Batch(*(tensor.to(self.device, non_blocking=True) for tensor in batch))
 
-    def _submit(self, step: int, micro: int) -> None:
-        self._expected = (step, micro)
-        self._next = self._pool.submit(self._read, step, self.parts[micro])
+    def _submit(self, step: int, micro_step: int) -> None:
+        self._next_key = (step, micro_step)
+        self._next = self._pool.submit(self._read, step, self.slices[micro_step])
 
-    def _read(self, step: int, part: slice) -> Batch:
-        batch = self.loader.batch(step, part)
+    def _read(self, step: int, positions: slice) -> Batch:
+        batch = self.loader.batch(step, positions)
         return Batch(*(t.pin_memory() for t in batch)) if self.device.type == "cuda" else batch
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""AdamW and the learning rate of every step."""
+"""AdamW and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gpt2.config.run import OptimConfig
 def learning_rate(config: OptimConfig, max_steps: int, step: int) -> float:
     """Learning rate of step 0..max_steps-1.
 
-    Both schedules rise linearly, max_lr * (step + 1) / warmup_steps, while step < warmup_steps. Then "cosine" falls
-    from max_lr to min_lr over the remaining steps (llm.c, schedulers.h); "wsd" stays at max_lr and falls linearly over
-    the last `decay_fraction` of all steps (warm-up, stable, decay: arXiv:2405.18392).
+    Linear warm-up, max_lr * (step + 1) / warmup_steps, while step < warmup_steps. Then "cosine" decays from max_lr to
+    min_lr over the remaining steps (llm.c, schedulers.h); "wsd" (warm-up, stable, decay: arXiv:2405.18392) stays at
+    max_lr and decays linearly over the last `decay_fraction` of all steps.
     """
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps
@@ -32,32 +32,27 @@ def learning_rate(config: OptimConfig, max_steps: int, step: int) -> float:
 def parameter_groups(parameters: Iterable[nn.Parameter], config: OptimConfig) -> list[dict[str, object]]:
     """Weight decay on tensors of two or more dimensions, embeddings included; not on biases and LayerNorm."""
     everything = list(parameters)
-    decayed = [parameter for parameter in everything if parameter.dim() >= 2]
-    others = [parameter for parameter in everything if parameter.dim() < 2]
     groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": [p for p in everything if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in everything if p.dim() < 2], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov and Hutter, arXiv:1711.05101) over these parameters, its moments already there: memory that
-    is missing is missed before the first step, and a checkpoint holds the same tensors at every step."""
+    """AdamW (Loshchilov and Hutter, arXiv:1711.05101).
+
+    Allocates the optimizer state eagerly: an OOM shows at start-up, and all checkpoints hold the same tensors.
+    """
     groups = parameter_groups(parameters, config)
-    if not groups:  # a process may own no parameter when there are more processes than tensors
+    if not groups:  # with more ranks than tensors a rank may own no parameter
         groups = [{"params": [nn.Parameter(torch.zeros(0))]}]
     optimizer = torch.optim.AdamW(groups, lr=config.max_lr, betas=config.betas, eps=config.eps, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # where fused AdamW wants it
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),  # fused AdamW needs this device
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
     return optimizer
-
-
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr

@@ -1,7 +1,7 @@
-"""What a training run writes down as it goes: metrics.jsonl, samples.jsonl, anomalies.jsonl, and lines to look at.
+"""The files that a training run logs to: metrics.jsonl, samples.jsonl, anomalies.jsonl; and standard output.
 
-Only rank 0 writes. After a resume, or going back to a checkpoint, lines of later steps are cut off before the steps
-are taken again, so no file ever says a thing twice or leaves a step out.
+Only rank 0 writes. After a resume or a rollback, lines of later steps are deleted before these steps are repeated, so
+each file has each step once.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from gpt2.stage.manifest import METRICS
 from gpt2.stage.metrics import MetricsWriter, damaged_lines, keep_lines, read_metrics
 
 SAMPLES, ANOMALIES = "samples.jsonl", "anomalies.jsonl"
-RECORDS = (METRICS, SAMPLES, ANOMALIES)
+LOG_FILES = (METRICS, SAMPLES, ANOMALIES)
 
 
-class Records:
-    """The three files of one run's directory; on other ranks than 0 every method does nothing.
+class RunLog:
+    """Writes the log files of one run; on ranks other than 0 no method does anything.
 
     Args:
         total: optimizer steps of the whole run, for progress bars.
@@ -30,40 +30,41 @@ class Records:
         self.directory, self.total, self.active = directory, total, active
         self._metrics: MetricsWriter | None = None
 
-    def go_back_to(self, step: int, evaluated: bool) -> None:
-        """Cut off what was written after `step`; and what its evaluation gave, if that is to be done again."""
+    def truncate(self, step: int, evaluated: bool) -> None:
+        """Delete the lines of steps after `step`; and of its evaluation, unless `evaluated`."""
         if not self.active:
             return
         if self._metrics is not None:
             self._metrics.close()
-        for name in RECORDS:
+        for name in LOG_FILES:
             if damaged := damaged_lines(self.directory / name):
-                self.say(f"warning: {self.directory / name}: damaged lines, left out of curves and reports: {damaged}")
+                self.print(f"warning: {self.directory / name}: {damaged} damaged lines are ignored")
             keep_lines(
                 self.directory / name,
-                lambda line: line["step"] < step or (line["step"] == step and (evaluated or not _of_evaluation(line))),
+                lambda line: line["step"] < step or (line["step"] == step and (evaluated or not _is_evaluation(line))),
             )
         self._metrics = MetricsWriter(self.directory / METRICS)
 
     def metrics(self, step: int, **metrics: float | None) -> None:
-        """One line of metrics.jsonl; figures that are not there, or not finite (JSON has no NaN), are left out."""
+        """Append to metrics.jsonl, without values that are None or not finite (JSON has no NaN)."""
         if self._metrics is not None:
-            there = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
-            self._metrics.write(step, done=step, total=self.total, unit="steps", **there)
+            finite = {name: value for name, value in metrics.items() if value is not None and math.isfinite(value)}
+            self._metrics.write(step, done=step, total=self.total, unit="steps", **finite)
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         self._append(SAMPLES, {"step": step, "prompt": prompt, "text": text})
 
-    def anomaly(self, step: int, **fields: Any) -> None:
-        """One line of anomalies.jsonl.
+    def anomaly(self, step: int, *, kind: str, action: str, value: float | None, z: float | None, **more: int) -> None:
+        """Append to anomalies.jsonl.
 
         Args:
-            step: the step after which the run goes on, so that a resume at or after it keeps the line.
+            step: the step after which the run continues, so that a resume at or after it keeps the line.
         """
-        self._append(ANOMALIES, {"step": step} | fields)
+        value = value if value is not None and math.isfinite(value) else None  # JSON has no NaN
+        self._append(ANOMALIES, {"step": step, "kind": kind, "action": action, "value": value, "z": z} | more)
 
-    def rolled_back(self, step: int) -> dict[str, int]:
-        """What the latest return to the checkpoint of `step` changed in where the run stands; empty without one."""
+    def last_rollback(self, step: int) -> dict[str, int]:
+        """TrainState fields changed by the last rollback to `step`; empty if there was none."""
         path = self.directory / ANOMALIES
         lines = [line for line in read_metrics(path) if line["step"] == step and line.get("action") == "rollback"]
         return {name: lines[-1][name] for name in ("passed_over", "skips")} if lines else {}
@@ -73,19 +74,19 @@ class Records:
             with open(self.directory / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3)} | fields) + "\n")
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         if self.active:
             print(text, flush=True)
 
     def sync(self) -> None:
-        """Bring the metrics to disk: a checkpoint must not survive a power cut that its metrics do not."""
+        """Flush metrics.jsonl to disk, before a checkpoint: a power cut must not leave the checkpoint alone."""
         if self._metrics is not None:
             self._metrics.sync()
 
     def files(self) -> list[str]:
-        """Those that exist, relative to the run's directory."""
-        return [name for name in RECORDS if (self.directory / name).exists()]
+        """Names of the existing log files."""
+        return [name for name in LOG_FILES if (self.directory / name).exists()]
 
 
-def _of_evaluation(line: dict[str, Any]) -> bool:
+def _is_evaluation(line: dict[str, Any]) -> bool:
     return "text" in line or any(name.startswith(("val/", "benchmark/")) for name in line)

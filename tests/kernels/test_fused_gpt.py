@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.loss_check import Loop, check, losses_of, real_batches, zipf_tokens
+from bench.loss_check import TrainRun, check, losses_of, real_batches, zipf_tokens
 from gpt2.config.run import ModelConfig, OptimConfig, Runtime, TrainConfig
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.kernels import triton_or_none
@@ -22,8 +22,8 @@ from gpt2.kernels.head import Fp8Head, Head
 from gpt2.kernels.linear import FusedLinear, Linear
 from gpt2.model.gpt import GPT
 from gpt2.shards import ShardWriter
-from gpt2.train.build import build, has_fp8_head
-from gpt2.train.data_parallel import Buckets, Replicas
+from gpt2.train.build import build_model, has_fp8_head
+from gpt2.train.parallel import DataParallel, GradientBuckets
 
 CONFIG = ModelConfig(n_layer=3, n_head=4, n_embd=32, block_size=16, vocab_size=100)
 CPU = torch.device("cpu")
@@ -186,10 +186,10 @@ def test_bf16_training_diverges_from_the_reference(tmp_path: pytest.TempPathFact
         shard.write(tokens.numpy().astype("uint16"))
     plain = losses_of(config, Runtime(kernels="reference"), SINGLE_PROCESS, path, 4, config.max_steps)
 
-    class Fast(Loop):
+    class Fast(TrainRun):
         def __init__(self) -> None:
             super().__init__(config, Runtime(gpus=0, micro_batch_size=4), SINGLE_PROCESS)
-            self.loss = FusedGPT(self.parallel.model, Linear(), dtype=torch.bfloat16)
+            self.loss_fn = FusedGPT(self.parallel.model, Linear(), dtype=torch.bfloat16)
 
     loop = Fast()
     batches = real_batches(path, config.model, config.sequences_per_step, CPU)
@@ -208,16 +208,16 @@ def test_stale_bf16_weights_with_bucketed_gradients() -> None:
         torch.manual_seed(0)
         model = random_model(dtype=torch.float32)
         fast = FusedGPT(model, Linear(), dtype=torch.bfloat16)
-        replicas = Replicas(model, OptimConfig(max_lr=1e-2, warmup_steps=0), SINGLE_PROCESS)
+        replicas = DataParallel(model, OptimConfig(max_lr=1e-2, warmup_steps=0), SINGLE_PROCESS)
         if bucketed:
-            replicas.buckets = Buckets(list(model.parameters()), SINGLE_PROCESS)
+            replicas.buckets = GradientBuckets(list(model.parameters()), SINGLE_PROCESS)
         curves.append([])
         for _ in range(6):
             loss = fast(idx, targets)
             loss.backward()
-            replicas.clip(1.0)
-            replicas.step(1e-2)
-            replicas.clear()
+            replicas.clip_grad_norm(1.0)
+            replicas.optimizer_step(1e-2)
+            replicas.zero_grad()
             curves[-1].append(loss.item())
     assert curves[0][-1] < curves[0][0] - 0.2
     assert curves[1] == pytest.approx(curves[0], abs=1e-4)
@@ -238,7 +238,7 @@ def test_unsupported_8_bit_head_is_silent(capsys: pytest.CaptureFixture[str]) ->
     """Bug: a run is reported as 8-bit and is not."""
     optim = OptimConfig(max_lr=1e-3, warmup_steps=1)
     config = TrainConfig(model=CONFIG, optim=optim, total_batch_size=64, max_steps=4, fp8_head=True)
-    _, loss_fn = build(config, Runtime(precision="fp32", sharding="ddp", compile=False), SINGLE_PROCESS)
+    _, loss_fn = build_model(config, Runtime(precision="fp32", sharding="ddp", compile=False), SINGLE_PROCESS)
     assert "train.fp8_head" in capsys.readouterr().err
     assert not has_fp8_head(loss_fn) and not has_fp8_head(FusedGPT(random_model(), Linear()))
     assert has_fp8_head(FusedGPT(random_model(), Linear(), head=Fp8Head))

@@ -22,7 +22,7 @@ from gpt2.model.load import load_any, load_init
 from gpt2.stage.directory import StageDir
 from gpt2.stage.file_hashes import sha256_file
 from gpt2.stage.manifest import MANIFEST, Manifest, read_model, write_model
-from gpt2.train.build import fresh
+from gpt2.train.build import initial_snapshot
 
 
 def flip(path: Path) -> None:
@@ -113,9 +113,9 @@ def test_training_begins_from_the_planned_weights_alone(tmp_path: Path) -> None:
     config = TrainConfig.model_validate(
         CONFIG | {"model": model.config, "total_batch_size": 128, "init_from": str(tmp_path / "start")}
     )
-    fresh(config)
+    initial_snapshot(config)
     with pytest.raises(UserError, match=f"sha256 {planned} then, [0-9a-f]{{64}} now"):
-        fresh(config.model_copy(update={"init_sha256": planned}))
+        initial_snapshot(config.model_copy(update={"init_sha256": planned}))
 
 
 def test_training_does_not_begin_from_other_heads(tmp_path: Path) -> None:

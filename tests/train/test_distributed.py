@@ -18,10 +18,10 @@ from processes import run_processes
 from tiny_run import assert_same, faulty, make_run, make_shards, result, run, set_runtime, start, steps
 from torch import nn
 
-from bench.loss_check import Loop, zipf_tokens
+from bench.loss_check import TrainRun, zipf_tokens
 from gpt2.config.run import ModelConfig, OptimConfig, Runtime, TrainConfig
 from gpt2.distributed import SINGLE_PROCESS, World
-from gpt2.train.data_parallel import owners
+from gpt2.train.parallel import partition_parameters
 
 pytestmark = pytest.mark.slow
 
@@ -78,7 +78,7 @@ def test_elastic_2_to_1_to_3_and_every_sharding(alone: Path) -> None:
 def test_five_processes_share_twelve_sequences(alone: Path) -> None:
     """Bug: refusing, or weighting wrongly, a number of processes that does not divide the batch."""
     directory = fresh_run(alone, "uneven")
-    assert "12 sequences a step do not divide into 5 x 1" in run_with(directory, 5, micro_batch_size=1)
+    assert "12 sequences per step are not divisible by 5 x 1" in run_with(directory, 5, micro_batch_size=1)
     assert_close(result(directory), result(alone))
 
 
@@ -157,7 +157,7 @@ def test_a_kill_of_torchrun_ends_all(alone: Path) -> None:
 def test_owners_share_alike() -> None:
     """Bug: all large tensors with one process."""
     parameters = [nn.Parameter(torch.empty(n)) for n in (100, 40, 40, 30, 30, 30, 30, 1)]
-    owner = owners(parameters, 3)
+    owner = partition_parameters(parameters, 3)
     loads = [sum(p.numel() for p, o in zip(parameters, owner, strict=True) if o == rank) for rank in range(3)]
     assert sorted(loads) == [100, 100, 101]
 
@@ -180,9 +180,9 @@ CONFIG = TrainConfig(
 
 
 def losses_of_the_bench(world: World, sharding: str) -> list[float]:
-    loop = Loop(CONFIG, Runtime(gpus=0, micro_batch_size=4, sharding=sharding), world)  # type: ignore[arg-type]
+    train_run = TrainRun(CONFIG, Runtime(gpus=0, micro_batch_size=4, sharding=sharding), world)  # type: ignore[arg-type]
     batch = zipf_tokens(CONFIG.model, CONFIG.sequences_per_step, world.device)
-    return [loop.step(step, batch) for step in range(4)]
+    return [train_run.step(step, batch) for step in range(4)]
 
 
 @pytest.mark.parametrize(("size", "sharding"), [(2, "ddp"), (3, "zero1")])
@@ -209,4 +209,4 @@ def test_the_bench_under_torchrun(tmp_path: Path) -> None:
     figures = json.loads(two.read_text())
     efficiency = 50 * figures["tokens/s"] / json.loads(one.read_text())["tokens/s"]
     assert figures["scaling efficiency %"] == pytest.approx(efficiency)
-    assert output.count("tokens/s") == 1 and "ms of summing gradients not hidden" in figures
+    assert output.count("tokens/s") == 1 and "ms of gradient all-reduce not overlapped" in figures

@@ -15,7 +15,15 @@ from gpt2.distributed import SINGLE_PROCESS, World
 from gpt2.errors import UserError
 from gpt2.shards import ShardWriter
 from gpt2.tokenizer import EOT
-from gpt2.train.loader import Loader, Prefetcher, TokenStream, aligned_starts, permute, places, write_aligned_starts
+from gpt2.train.loader import (
+    Loader,
+    Prefetcher,
+    TokenStream,
+    aligned_starts,
+    micro_batch_slices,
+    permute,
+    write_aligned_starts,
+)
 
 
 def write_shards(folder: Path, sizes: list[int], seed: int, document: int = 40) -> list[Path]:
@@ -138,11 +146,11 @@ def test_processes_and_micro_batches_do_not_change_a_step(tmp_path: Path) -> Non
     expected = loader.batch(3, slice(0, 12)).idx
     for size in range(1, 8):
         for micro in range(1, 13):
-            parts = [part for rank in range(size) for part in places(12, size, micro, rank)]
+            parts = [part for rank in range(size) for part in micro_batch_slices(12, size, micro, rank)]
             together = torch.cat([loader.batch(3, part).idx for part in parts])
             assert torch.equal(together, expected)
             assert max(part.stop - part.start for part in parts) <= micro
-            per_rank = [len(places(12, size, micro, rank)) for rank in range(size)]
+            per_rank = [len(micro_batch_slices(12, size, micro, rank)) for rank in range(size)]
             assert max(per_rank) - min(per_rank) <= 1 and min(per_rank) >= 1
 
 
@@ -150,9 +158,9 @@ def test_batches_are_shifted_by_one_and_prefetched_in_order(tmp_path: Path) -> N
     """Bug: targets that are the inputs, or a prefetched batch of another step after a jump."""
     paths = write_shards(tmp_path, [3000], 5)
     loader = Loader(paths, 16, 12, 42, 50_257)
-    fetcher = Prefetcher(loader, places(12, 1, 5, 0), torch.device("cpu"))
+    fetcher = Prefetcher(loader, micro_batch_slices(12, 1, 5, 0), torch.device("cpu"))
     for step in (0, 1, 7, 8, 2):
-        got = list(fetcher.step(step))
+        got = list(fetcher.micro_batches(step))
         assert [len(batch.idx) for batch in got] == [4, 4, 4]
         assert torch.equal(torch.cat([batch.idx for batch in got]), loader.batch(step, slice(0, 12)).idx)
         assert all(torch.equal(batch.idx[:, 1:], batch.targets[:, :-1]) for batch in got)
@@ -162,8 +170,8 @@ def test_batches_are_shifted_by_one_and_prefetched_in_order(tmp_path: Path) -> N
 def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     """Bug: an index error deep inside an embedding, or an endless loop over nothing."""
     paths = write_shards(tmp_path, [60], 5)
-    with pytest.raises(UserError, match="60 tokens, one sequence needs 65"):
+    with pytest.raises(UserError, match=r"60 tokens.* 65"):
         Loader(paths, 64, 4, 42, 50_257)
     loader = Loader(paths, 16, 2, 42, vocab_size=100)
-    with pytest.raises(UserError, match=r"token 50,256.*ends at 99"):
+    with pytest.raises(UserError, match=r"token 50,256.*99"):
         loader.batch(0, slice(0, 2))

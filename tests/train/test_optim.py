@@ -10,7 +10,7 @@ from torch import nn
 
 from gpt2.config.run import OptimConfig
 from gpt2.model.gpt import GPT, ModelConfig
-from gpt2.train.optim import build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from gpt2.train.optim import build_optimizer, learning_rate, parameter_groups
 
 RECIPE = OptimConfig(max_lr=6e-4)  # GPT-2 124M: 700 warm-up steps, cosine to 0
 STEPS = 19_560
@@ -65,7 +65,8 @@ def test_the_update_is_adamws() -> None:
     for t in range(1, 6):
         gradient = torch.randn(5, 7)
         parameter.grad = gradient.clone()
-        set_learning_rate(optimizer, 0.01 * t)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * t
         optimizer.step()
         # Loshchilov and Hutter, algorithm 2, written out
         m = 0.9 * m + 0.1 * gradient.double()

@@ -16,7 +16,7 @@ from tiny_run import WHOLE_VOCABULARY, assert_same, faulty, lines, make_run, mak
 from gpt2.stage.directory import StageDir
 from gpt2.stage.facts import TrainFacts
 from gpt2.stage.metrics import parse_line
-from gpt2.train.run_log import Records
+from gpt2.train.run_log import RunLog
 from tasks.stage import discard_damaged
 
 CAUSES = ("SIGKILL", "SIGTERM", "exception", "disk full")
@@ -87,14 +87,14 @@ def test_an_interrupted_run_ends_like_one_that_was_not(matrix: Matrix, cause: st
 
 def test_a_line_torn_by_a_full_disk_goes_at_the_next_start(tmp_path: Path) -> None:
     """Bug: the next line is written onto the torn one, and from then on the file cannot be read."""
-    records = Records(tmp_path, 12, active=True)
-    records.go_back_to(0, evaluated=False)
-    records.sample(0, "", "whole")
+    log = RunLog(tmp_path, 12, active=True)
+    log.truncate(0, evaluated=False)
+    log.sample(0, "", "whole")
     with open(tmp_path / "samples.jsonl", "a") as file:
         file.write('{"time": 1, "step": 4, "te')
     for _ in range(2):
-        records.go_back_to(4, evaluated=False)
-        records.sample(4, "", "again")
+        log.truncate(4, evaluated=False)
+        log.sample(4, "", "again")
     assert [line["text"] for line in lines(tmp_path / "samples.jsonl")] == ["whole", "again"]
 
 

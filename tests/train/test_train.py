@@ -20,7 +20,7 @@ from gpt2.model.gpt import GPT
 from gpt2.model.weights import to_hf
 from gpt2.stage.directory import StageDir
 from gpt2.stage.facts import TrainFacts
-from gpt2.train.anomaly import Anomalies, z_score
+from gpt2.train.anomaly import AnomalyDetector, z_score
 from gpt2.train.loader import Loader
 from gpt2.train.optim import learning_rate
 
@@ -119,7 +119,7 @@ def test_documents_aligned(tmp_path: Path) -> None:
         model={**CONFIG["model"], "vocab_size": 50_257},
     )  # fmt: skip
     output = run(directory)
-    assert "begin at a document's start hold 1" in output  # 16 of each 100 tokens
+    assert "document starts use 1" in output  # 16 of each 100 tokens
     assert (directory / "aligned_starts.npy").exists()
 
 
@@ -136,19 +136,19 @@ def test_z_score_is_llmcs() -> None:
 def test_verdicts() -> None:
     """Bugs: judging before the window is full, a fall of the loss taken for a spike, NaN remembered."""
     config = AnomalyConfig(on_spike="skip", on_nonfinite="rollback", window=10, loss_z=2.5, grad_z=2.5)
-    judge = Anomalies(config)
-    assert judge.judge(100.0, 1.0).action == "go on"  # the window is not full
+    detector = AnomalyDetector(config)
+    assert detector.check(100.0, 1.0).action == "continue"  # the window is not full
     for i in range(9):
-        assert judge.judge(3.0 + 0.01 * (i % 2), 1.0 + 0.01 * (i % 3)).action == "go on"
-    judge.losses[0] = 3.0
-    assert judge.judge(math.nan, 1.0) == ("rollback", "not finite", pytest.approx(math.nan, nan_ok=True), None)
-    assert judge.judge(3.0, math.inf).kind == "not finite"
-    assert len(judge.losses) == 10 and math.isfinite(sum(judge.losses))
-    assert judge.judge(1.0, 1.0).action == "go on"
-    verdict = judge.judge(9.0, 1.0)
+        assert detector.check(3.0 + 0.01 * (i % 2), 1.0 + 0.01 * (i % 3)).action == "continue"
+    detector.losses[0] = 3.0
+    assert detector.check(math.nan, 1.0) == ("rollback", "not finite", pytest.approx(math.nan, nan_ok=True), None)
+    assert detector.check(3.0, math.inf).kind == "not finite"
+    assert len(detector.losses) == 10 and math.isfinite(sum(detector.losses))
+    assert detector.check(1.0, 1.0).action == "continue"
+    verdict = detector.check(9.0, 1.0)
     assert (verdict.action, verdict.kind, verdict.value) == ("skip", "loss spike", 9.0)
     assert verdict.z is not None and verdict.z > 2.5
-    assert judge.judge(3.0, 7.0).kind == "gradient spike"
+    assert detector.check(3.0, 7.0).kind == "gradient spike"
 
 
 def poisoned(store: Path, *poison: int, **changes: Any) -> Path:
@@ -224,7 +224,7 @@ def test_too_many_skips_stop(tmp_path: Path) -> None:
     anomalies = {"on_nonfinite": "skip", "max_skips": 3}
     directory = make_run(tmp_path, init_from=str(tmp_path / "start"), anomalies=anomalies)
     output = run(directory, expect=2)
-    assert "error: step 4: not finite: nan; 4 steps skipped" in output
+    assert "error: step 4: not finite: nan; 4 steps" in output
     assert [line["action"] for line in lines(directory / "anomalies.jsonl")] == ["skip", "skip", "skip", "stop"]
     for text in (directory / "metrics.jsonl").read_text().splitlines():
         json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
