@@ -30,7 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gpt2.config.run import Runtime, TokenizeConfig
+from gpt2.config.run import TokenizeConfig
+from gpt2.config.runtime import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.machine import cpu_count

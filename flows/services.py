@@ -31,7 +31,7 @@ from flows.environment import HOST, PORTS, START_SECONDS, answers, last_words, w
 from flows.prefect_server import DATABASE, database_url, settle_prefect
 from gpt2.atomic import write_text
 from gpt2.config.recipe import names
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
 

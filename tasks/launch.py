@@ -21,7 +21,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.errors import UserError, presentable, without_credentials
 from gpt2.machine import cpu_count, gpu_names
 from gpt2.stage.table import Stage

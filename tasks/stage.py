@@ -25,7 +25,7 @@ from prefect.serializers import JSONSerializer
 from pydantic import PrivateAttr
 
 from gpt2.atomic import atomic_write
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.machine import gpu_names
 from gpt2.plan import prepare
 from gpt2.stage.directory import StageDir

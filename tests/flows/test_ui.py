@@ -20,7 +20,7 @@ import pytest
 from flows.environment import answers
 from flows.services import mlflow_command
 from gpt2.config.recipe import load
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.plan import plan, prepare
 from tasks.mlflow_sync import Mirror
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from trained_store import store_with_a_training
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.generate.sample import stream
 from gpt2.model.gpt import GPT
