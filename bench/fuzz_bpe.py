@@ -1,4 +1,4 @@
-"""Random documents through the fast encoder and through tiktoken until a difference is found or time is up.
+"""Encode random documents with bpe.c and tiktoken until they differ or the time is over.
 
 python -m bench.fuzz_bpe [--seconds N] [--seed N] [--longest N]
 """
@@ -29,23 +29,22 @@ _EOT = np.array([EOT], dtype=TOKEN)
 
 def difference(native: NativeEncoder, reference: TiktokenEncoder, documents: list[str]) -> str | None:
     """The first document whose tokens differ, or None."""
-    right = [_right(reference, document) for document in documents]
+    expected = [_expected(reference, document) for document in documents]
     raw = [to_utf8(document) for document in documents]
-    if np.array_equal(native.encode(DocumentBatch.of(raw)), np.concatenate(right)):
+    if np.array_equal(native.encode(DocumentBatch.of(raw)), np.concatenate(expected)):
         return None
-    for document, text, tokens in zip(documents, raw, right, strict=True):
+    for document, text, tokens in zip(documents, raw, expected, strict=True):
         if not np.array_equal(native.encode(DocumentBatch.of([text])), tokens):
             return document
-    return "\x00 only together: ".join(documents)
+    return "\x00 differs only as a batch: ".join(documents)
 
 
-def _right(reference: TiktokenEncoder, document: str) -> Tokens:
-    """The tokens of a document that begins. tiktoken gets the string itself, so that what our reading makes of
-    surrogates (gpt2.tokenize.lines.to_utf8) is judged too."""
+def _expected(reference: TiktokenEncoder, document: str) -> Tokens:
+    """tiktoken's tokens of a document. It encodes the string, which also tests gpt2.tokenize.lines.to_utf8."""
     if _SURROGATE.search(document):
         tokens = np.array(gpt2_encoding().encode_ordinary(document), dtype=TOKEN)
     else:
-        tokens = reference.encode_text(document)  # as encode_ordinary, also for a million blanks
+        tokens = reference.encode_text(document)  # as encode_ordinary, without its limit of white space
     return np.concatenate((_EOT, tokens))
 
 
@@ -57,17 +56,17 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     rng = random.Random(options.seed)
     native, reference = NativeEncoder(gpt2_encoding()), TiktokenEncoder()
-    started, said, count, size = time.monotonic(), 0.0, 0, 0
+    started, last_print, count, size = time.monotonic(), 0.0, 0, 0
     print(f"seed {options.seed}", flush=True)
     while (seconds := time.monotonic() - started) < options.seconds:
         documents = [hard_document(rng, options.longest) for _ in range(BATCH)]
-        found = difference(native, reference, documents)
-        if found is not None:
-            sys.exit(f"error: seed {options.seed}, after {count:,} documents: the encoders differ on {found!r}")
+        document = difference(native, reference, documents)
+        if document is not None:
+            sys.exit(f"error: seed {options.seed}, after {count:,} documents: the encoders differ on {document!r}")
         count += BATCH
         size += sum(map(len, documents))
-        if seconds - said > 30:
-            said = seconds
+        if seconds - last_print > 30:
+            last_print = seconds
             print(f"{seconds:,.0f} s: {count:,} documents, {size / 1e6:,.0f} M characters, no difference", flush=True)
     print(f"{count:,} documents, {size:,} characters in {seconds:,.0f} s, no difference", flush=True)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from gpt2.config.run import ModelConfig, Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.shards import open_shard

@@ -1,11 +1,11 @@
-"""Tokens a second of the tokenize stage beside the plain method, on the same cores and the same text.
+"""Tokens per second of the tokenize stage and of the plain method, on the same cores and text.
 
     python -m bench.tokenize [--workers N] [--repeat N] [PARQUET...]
 
 The plain method is that of llm.c's script for FineWeb: documents through `datasets`, `encode_ordinary` in a pool of
-processes, lists of ids to numpy, and for writing each shard once more as a list, whose ids are looked at one by one.
-That last step is timed by itself, for others leave it out. Both sides write the same shards, which are compared byte
-for byte. Without files the text is the documentation that every Python installation has, several times over.
+processes, lists of ids to numpy; to write a shard, it is converted to a list and each id is checked. That last step is
+timed separately, because other scripts omit it. Both write the same shards, which are compared byte for byte. Without
+files, the text is the demo corpus, repeated.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from gpt2.config.run import Runtime, TokenizeConfig
+from gpt2.config.run import TokenizeConfig
+from gpt2.config.runtime import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError
 from gpt2.machine import cpu_count
@@ -41,15 +42,15 @@ from gpt2.stage.manifest import REQUEST, RUNTIME, Request, write_model
 from gpt2.tokenizer import EOT, gpt2_encoding
 
 DEFAULT_BYTES = 900_000_000
-"""enough that the second it takes to start weighs little"""
+"""large compared with one second of start-up"""
 COST_BYTES = 40_000_000
-"""of text, for the table of costs: tiktoken takes its time"""
+"""of text, for the table of costs; limited because tiktoken is slow"""
 
 # ---------------------------------------------------------------------------------------------------- the plain method
 
 
 def plain_tokens(document: dict[str, str]) -> Tokens:
-    """One document as the plain method encodes it."""
+    """Encode one document with the plain method."""
     tokens = np.array([EOT, *gpt2_encoding().encode_ordinary(document["text"])])
     if not ((tokens >= 0).all() and (tokens < 1 << 16).all()):
         raise ValueError("a token that 16 bits cannot hold")
@@ -57,8 +58,8 @@ def plain_tokens(document: dict[str, str]) -> Tokens:
 
 
 def plain(files: list[str], folder: Path, cache: Path, workers: int, shard_tokens: int) -> None:
-    """The plain method, whole: shards in `folder`, the copy that `datasets` makes in `cache`. Prints the seconds that
-    went into lists of whole shards."""
+    """Run the plain method: shards in `folder`, the copy of `datasets` in `cache`. Prints the seconds spent on lists of
+    whole shards."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -100,8 +101,7 @@ def plain(files: list[str], folder: Path, cache: Path, workers: int, shard_token
 
 
 class Measured:
-    """A command's wall time, the processor time of it and its children, and the most memory that they had at a time:
-    pages that several share are counted once."""
+    """Wall time, CPU time and peak memory (PSS, shared pages counted once) of a command and its children."""
 
     def __init__(self, command: list[str]) -> None:
         started, used = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -113,12 +113,12 @@ class Measured:
         self.output, _ = process.communicate()
         status = process.returncode
         self.seconds = time.perf_counter() - started
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        self.cpu_seconds = now.ru_utime + now.ru_stime - used.ru_utime - used.ru_stime
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        self.cpu_seconds = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
         stop.set()
         watch.join()
         if status:
-            raise UserError(f"{' '.join(command)[:200]} ended with status {status}")
+            raise UserError(f"{' '.join(command)[:200]} exited with status {status}")
 
     def _watch(self, parent: psutil.Process, stop: threading.Event) -> None:
         while not stop.wait(0.25):
@@ -132,10 +132,10 @@ class Measured:
 
 
 def stage_directory(store: Path, files: list[Path], config: TokenizeConfig, workers: int) -> StageDir:
-    """A tokenize stage over `files`, ready to run, in a store of its own."""
-    asked = Request(stage="download", version=0, config={"files": [str(file) for file in files]})
-    download = store / asked.address
-    write_model(download / REQUEST, asked)
+    """A tokenize stage over `files`, ready to run, in a separate store."""
+    corpus = Request(stage="download", version=0, config={"files": [str(file) for file in files]})
+    download = store / corpus.address
+    write_model(download / REQUEST, corpus)
     (download / "data").mkdir()
     names = [f"data/{number:05d}-{file.name}" for number, file in enumerate(files)]
     for name, file in zip(names, files, strict=True):
@@ -144,14 +144,14 @@ def stage_directory(store: Path, files: list[Path], config: TokenizeConfig, work
     facts = DownloadFacts(kind="local", text_column="text", files=tuple(names), total_bytes=size, origin="benchmark")
     StageDir(download).finish(names, facts)
     section = config.model_dump(mode="json")
-    request = Request(stage="tokenize", version=0, config=section, inputs={"corpus": asked.address})
+    request = Request(stage="tokenize", version=0, config=section, inputs={"corpus": corpus.address})
     write_model(store / request.address / REQUEST, request)
     write_model(store / request.address / RUNTIME, Runtime(store=store, tokenize_workers=workers))
     return StageDir(store / request.address)
 
 
 def costs(file: Path) -> list[tuple[str, float | None, float | None]]:
-    """(step, ms a MB of text for the plain method, for ours) on one core, each step by itself."""
+    """(step, ms per MB of text for the plain method, for this stage) on one core, each step separately."""
     from gpt2.tokenize.bpe import make_encoder
     from gpt2.tokenize.corpus import divide, read
     from gpt2.tokenize.reading import DocumentBatch, ReadOptions
@@ -185,7 +185,7 @@ def costs(file: Path) -> list[tuple[str, float | None, float | None]]:
     encoder.encode(kept[0])
     our_encoding, tokens = cost(lambda: [encoder.encode(batch) for batch in kept])
     if not np.array_equal(np.concatenate(parts), np.concatenate(tokens)):
-        raise UserError("the two sides give different tokens")
+        raise UserError("the plain method and this stage give different tokens")
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
 
         def write(pieces: list[Tokens]) -> None:
@@ -222,13 +222,13 @@ def default_text(folder: Path) -> Path:
 
 
 def compare(files: list[Path], scratch: Path, workers: int, repeat: int, shard_tokens: int | None = None) -> str:
-    """Run both sides and describe them in Markdown.
+    """Run both methods and compare them in Markdown.
 
     Args:
-        shard_tokens: None: as many as leave several shards of this text, 10 million at most.
+        shard_tokens: None: a twentieth of the text's bytes, at most 10 million.
 
     Raises:
-        UserError: a side failed, or their shards differ.
+        UserError: a method failed, or the shards differ.
     """
     text_bytes = sum(text_size(file) for file in files)
     config = TokenizeConfig(shard_tokens=shard_tokens or min(10_000_000, max(1, text_bytes // 20)))  # 4 to 5 bytes each
@@ -239,8 +239,8 @@ def compare(files: list[Path], scratch: Path, workers: int, repeat: int, shard_t
     ours, stage = None, None
     for number in range(repeat):
         stage = stage_directory(scratch / f"store-{number}", files, config, workers)
-        again = Measured([sys.executable, "-m", "gpt2.tokenize", str(stage.path)])
-        ours = again if ours is None or again.seconds < ours.seconds else ours
+        run = Measured([sys.executable, "-m", "gpt2.tokenize", str(stage.path)])
+        ours = run if ours is None or run.seconds < ours.seconds else ours
     assert ours is not None and stage is not None
     facts = stage.facts(TokenizeFacts)
     for shard in facts.shards:
@@ -251,9 +251,9 @@ def compare(files: list[Path], scratch: Path, workers: int, repeat: int, shard_t
     cache = sum(path.stat().st_size for path in (scratch / "cache").rglob("*") if path.is_file())
     lines = [
         f"{text_bytes / 1e6:,.0f} MB of text, {tokens:,} tokens, {facts.documents:,} documents; {workers} workers on "
-        f"{processor()}; {facts.backend}; the {len(facts.shards)} shards are the same byte for byte.",
+        f"{processor()}; {facts.backend}; the {len(facts.shards)} shards are equal byte for byte.",
         "",
-        "| | seconds | of all cores | tokens/s | MB/s a core | peak memory | extra disk |",
+        "| | seconds | CPU seconds | tokens/s | MB/s per core | peak memory | extra disk |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, side, disk in (("plain method", theirs, cache), ("this stage", ours, 0)):
@@ -266,10 +266,10 @@ def compare(files: list[Path], scratch: Path, workers: int, repeat: int, shard_t
     cpu_ratio = theirs.cpu_seconds / ours.cpu_seconds
     lines += [
         "",
-        f"Ratio: **{theirs.seconds / ours.seconds:.1f}**, of processor time {cpu_ratio:.1f}. {listing:.1f} s of the "
-        f"plain method went into lists of whole shards; without them the ratio is {without:.1f}.",
+        f"Ratio: **{theirs.seconds / ours.seconds:.1f}**, of CPU time {cpu_ratio:.1f}. The plain method spent "
+        f"{listing:.1f} s on lists of whole shards; without them the ratio is {without:.1f}.",
         "",
-        "Costs on one core, ms a MB of text:",
+        "Costs on one core, ms per MB of text:",
         "",
     ]
     lines += ["| step | plain method | this stage |", "|---|---|---|"]
@@ -286,7 +286,7 @@ def text_size(file: Path) -> int:
 
 
 def processor() -> str:
-    """Its name, where the system tells."""
+    """The CPU's name, from /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -299,8 +299,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "files", nargs="*", type=Path, help="parquet files with a column `text`, all with the same columns"
     )
-    parser.add_argument("--workers", type=int, default=min(2, cpu_count()), help="processes or threads of each side")
-    parser.add_argument("--repeat", type=int, default=3, help="runs of this stage, of which the fastest counts")
+    parser.add_argument("--workers", type=int, default=min(2, cpu_count()), help="processes or threads of each method")
+    parser.add_argument("--repeat", type=int, default=3, help="runs of this stage; the fastest counts")
     parser.add_argument("--plain", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.plain:

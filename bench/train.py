@@ -25,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.loss_check import TrainRun, check, zipf_tokens
 from gpt2.config.recipe import load
-from gpt2.config.run import Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import TrainConfig
 from gpt2.console import command
 from gpt2.distributed import World, destroy_process_group, init_world
 from gpt2.flops import mfu

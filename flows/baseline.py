@@ -14,7 +14,7 @@ from prefect import runtime as prefect_runtime
 from prefect.logging import get_run_logger
 
 from flows.reproduce import configure, from_command_line, name_flow_run, run_benchmarks
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError, presentable
 from gpt2.plan import plan_baseline

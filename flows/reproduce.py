@@ -28,7 +28,8 @@ from prefect.logging import get_run_logger
 
 from flows import services
 from gpt2.config.recipe import load, load_runtime, parse_overrides
-from gpt2.config.run import RunConfig, Runtime
+from gpt2.config.run import RunConfig
+from gpt2.config.runtime import Runtime
 from gpt2.config.section import Section
 from gpt2.console import command
 from gpt2.errors import REFUSED, UserError, presentable, without_credentials

@@ -35,7 +35,7 @@ from flows.service_records import (
 )
 from gpt2.atomic import write_text
 from gpt2.config.recipe import names
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.console import command
 from gpt2.errors import UserError, without_credentials
 

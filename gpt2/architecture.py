@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from gpt2.config.run import LAYER_NORM_EPS, ModelConfig
+from gpt2.config.train import LAYER_NORM_EPS, ModelConfig
 from gpt2.errors import UserError
 from gpt2.stage.facts import PretrainedFacts, TrainFacts
 from gpt2.stage.manifest import MANIFEST, Manifest, read_model

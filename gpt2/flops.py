@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 
 Convention = Literal["llm.c", "nanogpt"]
 

@@ -17,9 +17,11 @@ from typing import Any
 from gpt2.architecture import check_architecture
 from gpt2.config.benchmarks import BenchmarkConfig, Continuation
 from gpt2.config.recipe import load, load_runtime, parse_overrides
-from gpt2.config.run import HarnessConfig, RunConfig, Runtime, TrainConfig
+from gpt2.config.run import HarnessConfig, RunConfig
+from gpt2.config.runtime import Runtime
 from gpt2.config.section import Section
 from gpt2.config.sources import LocalFiles, LocalModel, ModelSource
+from gpt2.config.train import TrainConfig
 from gpt2.console import command
 from gpt2.download.sources import BENCHMARK_FORMATS, HARNESS_FORMATS, MODEL_FORMATS, identify, identify_weights
 from gpt2.errors import UserError

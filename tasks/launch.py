@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.errors import UserError, presentable, without_credentials
 from gpt2.machine import cpu_count, device_type, gpu_count
 from gpt2.stage.failure import clear_failure, read_failure

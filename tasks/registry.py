@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2.config.run import Auto
+from gpt2.config.runtime import Auto
 from gpt2.errors import UserError
 from gpt2.stage.directory import Provenance, StageDir
 from gpt2.stage.facts import EvaluateFacts, TrainFacts

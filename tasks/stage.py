@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.logging import get_run_logger
 from prefect.states import Completed
 
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.machine import gpu_count
 from gpt2.plan import prepare
 from gpt2.stage.directory import StageDir

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from gpt2.config.run import Runtime, TokenizeConfig
+from gpt2.config.run import TokenizeConfig
+from gpt2.config.runtime import Runtime
 from gpt2.shards import open_shard
 from gpt2.stage.directory import StageDir
 from gpt2.stage.facts import DownloadFacts

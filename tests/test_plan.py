@@ -13,8 +13,9 @@ from pydantic import Field
 
 from gpt2.architecture import hf_config
 from gpt2.config.recipe import load, load_runtime
-from gpt2.config.run import ModelConfig, RunConfig
+from gpt2.config.run import RunConfig
 from gpt2.config.section import ADDED, Section
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.plan import Plan, plan, prepare
 from gpt2.stage.file_hashes import Stamp, sha256_file

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from gpt2.config.recipe import load
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.errors import UserError
 from gpt2.plan import plan, prepare
 from gpt2.runs import find, trainings

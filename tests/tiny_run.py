@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from safetensors.torch import load_file
 
-from gpt2.config.run import Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import TrainConfig
 from gpt2.plan import prepare
 from gpt2.shards import ShardWriter
 from gpt2.stage.directory import StageDir

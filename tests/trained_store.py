@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gpt2.config.run import TrainConfig
+from gpt2.config.train import TrainConfig
 from gpt2.model.checkpoint import save_model
 from gpt2.model.gpt import GPT
 from gpt2.stage.directory import provenance

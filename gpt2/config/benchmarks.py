@@ -1,8 +1,4 @@
-"""Which benchmarks there are and what each is made from, as configuration.
-
-Three forms of question hide behind them: multiple choice (`choice`), the last word (`last_word`) and perplexity. Only
-pydantic here; the readers are in gpt2/benchmarks/.
-"""
+"""Configuration of benchmarks; their readers are in gpt2/benchmark/."""
 
 from __future__ import annotations
 
@@ -14,18 +10,18 @@ from gpt2.config.section import Count, Section, Seed
 from gpt2.config.sources import HubFiles, LocalFiles
 
 BenchmarkSource = Annotated[HubFiles | LocalFiles, Field(discriminator="kind")]
-Limit = Annotated[Count | None, Field(description="only the first so many examples")]
+Limit = Annotated[Count | None, Field(description="number of examples, from the first; None: all")]
 Prompt = Annotated[
     Literal["llm.c", "harness"],
-    Field(description="llm.c: the text as it is; harness: prepared as lm-evaluation-harness does"),
+    Field(description="llm.c: the unchanged text; harness: as lm-evaluation-harness prepares it"),
 ]
 
 
 class Benchmark(Section):
-    """What all have in common."""
+    """Fields of every benchmark."""
 
     optional: Annotated[
-        bool, Field(description="where its data cannot be had: leave it out and name it, instead of stopping the run")
+        bool, Field(description="if its data is not available: omit and report it instead of failing")
     ] = False
 
 
@@ -37,9 +33,9 @@ class HellaSwag(Benchmark):
 
 
 class Continuation(Benchmark):
-    """Multiple choice made from held-out text: the true continuation of a passage against three from other documents.
+    """Multiple choice from held-out text: the true continuation of a passage against three from other documents.
 
-    For where no benchmark can be had. Chance is 0.25; comparable only with itself on the same shards.
+    For machines without network. Chance is 0.25. Scores are comparable only on the same shards.
     """
 
     kind: Literal["continuation"] = "continuation"
@@ -58,7 +54,7 @@ class Lambada(Benchmark):
 
 
 class Arc(Benchmark):
-    """AI2's science questions, easy or challenge as the source says; prompted as lm-evaluation-harness does."""
+    """AI2's science questions, easy or challenge by source; prompts as in lm-evaluation-harness."""
 
     kind: Literal["arc"] = "arc"
     source: BenchmarkSource
@@ -66,7 +62,7 @@ class Arc(Benchmark):
 
 
 class Piqa(Benchmark):
-    """Physical common sense, two solutions a goal; prompted as lm-evaluation-harness does."""
+    """Physical common sense, two solutions per goal; prompts as in lm-evaluation-harness."""
 
     kind: Literal["piqa"] = "piqa"
     source: BenchmarkSource
@@ -74,7 +70,7 @@ class Piqa(Benchmark):
 
 
 class WinoGrande(Benchmark):
-    """Which of two names fills the blank: the text after the blank is scored, given each; as lm-evaluation-harness."""
+    """Which of two names fills the blank, by the score of the text after it; as in lm-evaluation-harness."""
 
     kind: Literal["winogrande"] = "winogrande"
     source: BenchmarkSource
@@ -82,23 +78,23 @@ class WinoGrande(Benchmark):
 
 
 class WikiText103(Benchmark):
-    """Perplexity a word of WikiText-103, de-tokenized as in GPT-2's paper (section 3.1)."""
+    """Perplexity per word of WikiText-103, de-tokenized as in GPT-2's paper (section 3.1)."""
 
     kind: Literal["wikitext103"] = "wikitext103"
     source: BenchmarkSource
-    detokenize: Annotated[bool, Field(description="undo WikiText's own tokenization (spaces, @-@) first")] = True
+    detokenize: Annotated[bool, Field(description="first undo WikiText's tokenization (spaces, @-@)")] = True
     stride: Annotated[
-        Count | None, Field(description="tokens a window moves; None: the context length, no overlap")
+        Count | None, Field(description="tokens between windows; None: the context length, no overlap")
     ] = None
 
 
 class Core(Benchmark):
-    """DCLM's CORE: the mean centered accuracy of 22 tasks, from the folder of files that nanochat evaluates with
-    (core.yaml, eval_meta_data.csv and the tasks' .jsonl files)."""
+    """DCLM's CORE: mean centered accuracy of 22 tasks, from nanochat's evaluation files (core.yaml, eval_meta_data.csv
+    and the tasks' .jsonl)."""
 
     kind: Literal["core"] = "core"
     source: BenchmarkSource
-    limit: Annotated[Count | None, Field(description="of each task, only so many examples")] = None
+    limit: Annotated[Count | None, Field(description="examples per task; None: all")] = None
 
 
 BenchmarkConfig = Annotated[

@@ -1,4 +1,4 @@
-"""Reading conf/<name>.yaml with overrides, and saying what is wrong with it in the user's own terms."""
+"""Reads conf/<name>.yaml with overrides; errors name the field as the user wrote it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from gpt2.config import strict_yaml
-from gpt2.config.run import RunConfig, Runtime
+from gpt2.config.run import RunConfig
+from gpt2.config.runtime import Runtime
 from gpt2.errors import UserError, describe, shorten
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -20,35 +21,35 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def names() -> list[str]:
-    """Recipes in conf/."""
+    """Names of the recipes in conf/."""
     return sorted(path.stem for path in CONF.glob("*.yaml"))
 
 
 def load(recipe: str, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a recipe by name ("124m") or path, lay dotted overrides over it and validate the whole.
+    """Read a recipe by name ("124m") or path, apply dotted overrides and validate it.
 
     Args:
-        overrides: e.g. {"train.optim.max_lr": 3e-4}; `runtime.` keys belong to `load_runtime` and are left out here.
+        overrides: e.g. {"train.optim.max_lr": 3e-4}; keys that begin with `runtime.` are ignored, see `load_runtime`.
 
     Raises:
-        UserError: no such recipe, not YAML, or a field that is unknown or out of range, with its path.
+        UserError: no such recipe, invalid YAML, or an unknown or invalid field, with its path.
     """
     path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else CONF / f"{recipe}.yaml"
     tree = _read_yaml(path, f"there is no recipe {recipe!r}: conf/ has {', '.join(names())}")
-    wanted = {key: value for key, value in (overrides or {}).items() if not key.startswith(RUNTIME_PREFIX)}
-    return _validate(RunConfig, _merge(tree, wanted), f"{path.name}")
+    relevant = {key: value for key, value in (overrides or {}).items() if not key.startswith(RUNTIME_PREFIX)}
+    return _validate(RunConfig, _merge(tree, relevant), path.name)
 
 
 def load_runtime(runtime: str | None = None, overrides: Mapping[str, Any] | None = None) -> Runtime:
-    """Read conf/runtime/<name>.yaml (None: nothing but the defaults) and lay the `runtime.` overrides over it."""
+    """Read conf/runtime/<name>.yaml (None: defaults only) and apply the overrides with the prefix `runtime.`."""
     tree: dict[str, Any] = {}
     if runtime is not None:
         path = Path(runtime) if runtime.endswith((".yaml", ".yml")) else CONF / "runtime" / f"{runtime}.yaml"
-        have = ", ".join(sorted(p.stem for p in (CONF / "runtime").glob("*.yaml")))
-        tree = _read_yaml(path, f"there is no runtime {runtime!r}: conf/runtime/ has {have}")
+        known = ", ".join(sorted(p.stem for p in (CONF / "runtime").glob("*.yaml")))
+        tree = _read_yaml(path, f"there is no runtime {runtime!r}: conf/runtime/ has {known}")
     prefix = len(RUNTIME_PREFIX)
-    wanted = {key[prefix:]: value for key, value in (overrides or {}).items() if key.startswith(RUNTIME_PREFIX)}
-    return _validate(Runtime, _merge(tree, wanted), "runtime")
+    relevant = {key[prefix:]: value for key, value in (overrides or {}).items() if key.startswith(RUNTIME_PREFIX)}
+    return _validate(Runtime, _merge(tree, relevant), "runtime")
 
 
 def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
@@ -56,7 +57,7 @@ def parse_overrides(arguments: Iterable[str]) -> dict[str, Any]:
     are YAML.
 
     Raises:
-        UserError: an argument without "=", a field given twice, or a value that is not YAML.
+        UserError: an argument without "=", a repeated field, or invalid YAML.
     """
     overrides = {}
     for argument in arguments:
@@ -96,28 +97,28 @@ def _merge(tree: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]
     merged = dict(tree)
     for dotted, value in overrides.items():
         *sections, field = dotted.split(".")
-        here = merged
+        node = merged
         for section in sections:
-            inner = here.get(section)
-            here[section] = dict(inner) if isinstance(inner, dict) else {}
-            here = here[section]
-        here[field] = value
+            inner = node.get(section)
+            node[section] = dict(inner) if isinstance(inner, dict) else {}
+            node = node[section]
+        node[field] = value
     return merged
 
 
 def _validate(model: type[M], tree: dict[str, Any], where: str) -> M:
-    """Read strictly, as JSON: a number is no text, and true is no number."""
+    """Validate strictly, as JSON: without conversion between text, numbers and booleans."""
     try:
         return model.model_validate_json(json.dumps(tree), strict=True)
     except ValidationError as error:
         lines = [_explain(model, detail) for detail in error.errors()]
         raise UserError(f"{where}: " + "; ".join(dict.fromkeys(lines))) from error
-    except (RecursionError, TypeError, ValueError) as error:  # JSON cannot hold it
+    except (RecursionError, TypeError, ValueError) as error:  # not representable as JSON
         raise UserError(f"{where}: not a configuration: {error}") from error
 
 
 def _explain(model: type[BaseModel], detail: Any) -> str:
-    """One validation error as "path: what is wrong (nearest real name)"."""
+    """One validation error as "path: message (nearest known name)"."""
     location = [str(part) for part in detail["loc"]]
     path, owners = _walk(model, location)
     message = detail["msg"].removeprefix("Value error, ")
@@ -133,27 +134,28 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
 def _walk(model: type[BaseModel], location: list[str]) -> tuple[str, list[type[BaseModel]]]:
     """Follow pydantic's location through the models.
 
-    Returns the path as the user wrote it, that is without the tags of unions, which pydantic puts between; and the
-    models that may own its last part (several where no tag decided).
+    Returns:
+        The path as the user wrote it, without the tags of unions that pydantic inserts; and the models that may own
+        its last part (several if no tag is given).
     """
     shown: list[str] = []
-    here: Any = model
+    annotation: Any = model
     owners: list[type[BaseModel]] = []
     for part in location:
-        if get_origin(here) is dict:
-            here = get_args(here)[1]
+        if get_origin(annotation) is dict:
+            annotation = get_args(annotation)[1]
             shown.append(part)
             continue
-        candidates = _models(here)
-        if not candidates and not part.isdigit():  # the name of a member of a union of values
+        candidates = _models(annotation)
+        if not candidates and not part.isdigit():  # a member of a union of values
             continue
         tagged = [candidate for candidate in candidates if len(candidates) > 1 and _tag(candidate) == part]
         if tagged:
-            here = tagged[0]
+            annotation = tagged[0]
             continue
         owners = candidates
         shown.append(part)
-        here = next((owner.model_fields[part].annotation for owner in owners if part in owner.model_fields), None)
+        annotation = next((owner.model_fields[part].annotation for owner in owners if part in owner.model_fields), None)
     return ".".join(shown), owners
 
 

@@ -22,7 +22,7 @@ class HubFiles(Section):
 
 
 class LocalFiles(Section):
-    """Files on this machine: parquet, jsonl (also .gz, .zst) or txt. Identified by content, not by place."""
+    """Local files: parquet, jsonl (also .gz, .zst) or txt. Identified by content, not by path."""
 
     kind: Literal["local"] = "local"
     paths: Annotated[tuple[LocalPath, ...], Field(min_length=1, description="paths or glob patterns, in reading order")]
@@ -30,7 +30,7 @@ class LocalFiles(Section):
 
 
 class HubShards(Section):
-    """Ready-made token shards in llm.c's format from the Hub, e.g. kjj0/fineweb10B-gpt2."""
+    """Token shards in llm.c's format from the Hub, e.g. kjj0/fineweb10B-gpt2."""
 
     kind: Literal["hub-shards"] = "hub-shards"
     repo: str
@@ -39,15 +39,14 @@ class HubShards(Section):
 
 
 class LocalShards(Section):
-    """Ready-made token shards in llm.c's format on this machine; *_val_* is validation, the rest is training."""
+    """Local token shards in llm.c's format; *_val_* are for validation, the others for training."""
 
     kind: Literal["local-shards"] = "local-shards"
     paths: Annotated[tuple[LocalPath, ...], Field(min_length=1)]
 
 
 class InstalledDocs(Section):
-    """English prose without a download: the docstrings of MLflow and Prefect, which the project pins. The same under
-    every Python and with every other package; it changes with the two versions."""
+    """The docstrings of MLflow and Prefect, which the project pins: English prose without a download."""
 
     kind: Literal["installed-docs"] = "installed-docs"
     max_bytes: Count = 50_000_000
@@ -63,7 +62,7 @@ class HubModel(Section):
 
 
 class LocalModel(Section):
-    """A GPT-2 in a Hugging Face folder on this machine. Identified by content, not by place."""
+    """A GPT-2 in a local Hugging Face folder. Identified by content, not by path."""
 
     kind: Literal["local-model"] = "local-model"
     path: LocalPath

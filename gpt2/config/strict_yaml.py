@@ -1,8 +1,8 @@
-"""YAML as recipes and overrides are written: YAML 1.2's core schema, without readings that surprise.
+"""YAML 1.2's core schema for recipes and overrides.
 
 PyYAML implements YAML 1.1, in which 010 is 8, 1:30 is 90, yes is true, 1e-4 is text, and the last of two equal keys
 wins. Here 1e-4 is a number, equal keys and tags are errors, and 010, 1:30, 1_000, yes and 2026-01-01 are text, which
-no numeric or boolean field accepts.
+numeric and boolean fields refuse.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CORE = {
     "int": (r"[-+]?(?:0|[1-9][0-9]*)", "-+0123456789"),
     "float": (r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9]*)(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?", "-+.0123456789"),
 }
-"""type -> what is written for it, and its first letters; text that matches several is of the first type"""
+"""type -> (pattern, possible first letters); the first matching type applies"""
 
 
 class _Loader(yaml.SafeLoader):
@@ -32,25 +32,25 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def text(self, node: yaml.Node) -> str:
-        return str(self.construct_scalar(node))  # type: ignore[arg-type]  # a node of another kind raises
+        return str(self.construct_scalar(node))  # type: ignore[arg-type]  # other nodes raise
 
     def sequence(self, node: yaml.Node) -> list[Any]:
         return self.construct_sequence(node, deep=True)  # type: ignore[arg-type]
 
     def mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
-        made: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for key_node, value_node in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is not text: put it in quotes", key_node.start_mark
                 )
-            if key in made:
+            if key in result:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} is given twice: remove one", key_node.start_mark
                 )
-            made[key] = self.construct_object(value_node, deep=True)
-        return made
+            result[key] = self.construct_object(value_node, deep=True)
+        return result
 
 
 class _Dumper(yaml.SafeDumper):
@@ -80,7 +80,7 @@ def load(text: str) -> Any:
     """Read one document.
 
     Raises:
-        ValueError: it is not such YAML; one line says why, and where.
+        ValueError: invalid YAML, with reason and place in one line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -88,13 +88,13 @@ def load(text: str) -> Any:
         mark = error.problem_mark
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"{error.problem}{where}") from error
-    except (yaml.YAMLError, ValueError) as error:  # a number of more than 4,300 digits is a ValueError
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a number of more than 4,300 digits
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
 
 def dump(tree: dict[str, Any]) -> str:
-    """Write what `load` reads as the same."""
+    """Write YAML that `load` reads back unchanged."""
     text: str = yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
     return text

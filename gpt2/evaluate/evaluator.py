@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from gpt2.benchmark.examples import Examples, load
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.config.section import Section
 from gpt2.distributed import World
 from gpt2.evaluate.multiple_choice import predict, score

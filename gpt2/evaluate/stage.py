@@ -17,7 +17,8 @@ from pathlib import Path
 
 from gpt2.benchmark.examples import DESCRIPTION, EXAMPLES, load
 from gpt2.benchmark.stage import KINDS, prepare_files, val_shards
-from gpt2.config.run import EvaluateConfig, Runtime
+from gpt2.config.run import EvaluateConfig
+from gpt2.config.runtime import Runtime
 from gpt2.config.section import Section
 from gpt2.distributed import World, destroy_process_group, init_process_group, world_from_env
 from gpt2.errors import UserError

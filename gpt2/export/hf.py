@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gpt2.architecture import MODEL_CONFIG, hf_config, resolve
 from gpt2.atomic import fsync_dir, write_text
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError, without_credentials
 from gpt2.export import model_card
 from gpt2.machine import environment

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from gpt2.config.run import ModelConfig, TrainConfig
+from gpt2.config.train import ModelConfig, TrainConfig
 from gpt2.stage.directory import Provenance, is_finished
 from gpt2.stage.facts import BenchmarkFacts, DownloadFacts, EvaluateFacts, Facts, Score, TokenizeFacts, TrainFacts
 from gpt2.stage.manifest import MANIFEST, METRICS, PROVENANCE, REQUEST, Manifest, Request, read_model

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt2.config.run import ModelConfig, Runtime
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig
 from gpt2.kernels import attention, cross_entropy, cublaslt, embedding, layer_norm, linear, triton_or_none
 from gpt2.kernels.block import (
     UNITS_SAVED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.kernels import cross_entropy, fp8
 from gpt2.kernels.linear import Linear
 

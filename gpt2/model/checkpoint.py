@@ -22,8 +22,8 @@ from torch import Tensor
 
 from gpt2.architecture import MODEL_CONFIG, hf_config, read_hf_config
 from gpt2.atomic import fsync_dir, write_text
-from gpt2.config.run import CheckpointConfig, ModelConfig
 from gpt2.config.section import Section
+from gpt2.config.train import CheckpointConfig, ModelConfig
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.model.safetensors_file import read_tensors, write_tensors

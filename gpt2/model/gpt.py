@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gpt2.config.run import LAYER_NORM_EPS, ModelConfig
+from gpt2.config.train import LAYER_NORM_EPS, ModelConfig
 
 IGNORE = -1  # a target that is not scored
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gpt2.architecture import LLMC_DTYPES, LLMC_HEADER_BYTES, LLMC_MAGIC, read_llmc_header
 from gpt2.atomic import atomic_write
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.model.weights import TRANSPOSED, WTE
 

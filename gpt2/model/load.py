@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from gpt2.architecture import MODEL_CONFIG, check_architecture, read_hf_config, resolve
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.download.sources import weight_files, weights_sha256
 from gpt2.errors import UserError
 from gpt2.model.checkpoint import STATE, WEIGHTS, read_state

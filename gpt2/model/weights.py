@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt2.config.recipe import load
-from gpt2.config.run import EvaluateConfig, Published, ReportConfig, RunConfig, TokenizeConfig, TrainConfig
+from gpt2.config.run import EvaluateConfig, Published, ReportConfig, RunConfig, TokenizeConfig
+from gpt2.config.train import TrainConfig
 from gpt2.errors import UserError
 from gpt2.stage.directory import Provenance, StageDir
 from gpt2.stage.facts import (

@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.config.section import Section
 from gpt2.console import fail
 from gpt2.errors import UserError, without_credentials

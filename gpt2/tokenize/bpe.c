@@ -4,11 +4,11 @@
  *
  *     '(?:[sdmt]|ll|ve|re) |  ?\p{L}++ |  ?\p{N}++ |  ?[^\s\p{L}\p{N}]++ | \s++$ | \s+(?!\S) | \s
  *
- * and each piece is merged, starting from its bytes: again and again the neighbours whose concatenation is the token of
- * lowest id, the leftmost of them, become that token. Text repeats itself, so what a piece was merged into is remembered.
+ * and the bytes of each piece are merged: repeatedly, of the neighbours whose concatenation is a token, those with the
+ * lowest id (leftmost on ties) become that token. The results of short pieces are cached, because text repeats.
  *
- * Tables are shared by threads and never written after they are made; a worker belongs to one thread at a time.
- * Input is expected to be valid UTF-8; anything else gives some ids, but no access outside the buffers.
+ * Tables are constant and shared by threads; a Worker is used by one thread at a time.
+ * Input must be valid UTF-8; other bytes give unspecified ids, but no access outside the buffers.
  */
 #define _DEFAULT_SOURCE /* madvise */
 #include <stdint.h>
@@ -27,14 +27,14 @@ enum { OTHER, LETTER, NUMBER, SPACE };
 enum { NO_MEMORY = -1, PIECE_TOO_LONG = -2 };
 
 typedef struct {
-    const uint8_t *class_of; /* [0x110000]; the caller keeps it alive */
+    const uint8_t *class_of; /* [0x110000]; owned by the caller */
     uint64_t *pairs;         /* open addressing: (left << 16 | right) << 16 | merged, EMPTY */
     uint64_t pair_mask;
     uint16_t byte_id[256];
-    uint16_t byte_pair[65536]; /* what two bytes become, 0 for nothing: no merge gives id 0, which is a byte */
+    uint16_t byte_pair[65536]; /* token of two bytes; 0 for none, as token 0 is a byte */
 } Tables;
 
-/* Remembered pieces. The key is the piece's bytes, zero-padded, its length in the last byte; a free slot has length 0. */
+/* Cached pieces. The key is the piece's bytes, zero-padded, with its length in the last byte; length 0 is a free slot. */
 typedef struct {
     uint64_t key[2];
     uint16_t n, id[7];
@@ -45,7 +45,7 @@ typedef struct {
     uint16_t n, id[15];
 } Long; /* up to 31 bytes and 15 ids */
 
-#define SHORTS (1u << 19) /* 16 MiB a worker */
+#define SHORTS (1u << 19) /* 16 MiB per worker */
 #define LONGS (1u << 16)  /* 4 MiB */
 
 typedef struct {
@@ -59,8 +59,8 @@ typedef struct {
 
 #define HUGE_PAGE (2u << 20)
 
-/* Memory that is read all over the place: in large pages where the system has them, which saves looking up addresses. */
-static void *scattered(size_t size) {
+/* Memory for random access: huge pages, if available, reduce TLB misses. */
+static void *alloc_huge(size_t size) {
     void *memory = aligned_alloc(HUGE_PAGE, (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
 #ifdef MADV_HUGEPAGE
     if (memory) madvise(memory, size, MADV_HUGEPAGE);
@@ -74,7 +74,7 @@ static inline uint64_t pair_slot(uint32_t pair, uint64_t mask) {
     return (pair * 0x9E3779B97F4A7C15ull >> 32) & mask;
 }
 
-/* The id that two neighbours become, or -1. Ids are ranks: the lower is merged first. */
+/* The token of two neighbours, or -1. Ids are ranks: lower ids are merged first. */
 static inline int32_t merged(const Tables *t, uint16_t left, uint16_t right) {
     uint32_t pair = (uint32_t)left << 16 | right;
     for (uint64_t slot = pair_slot(pair, t->pair_mask);; slot = (slot + 1) & t->pair_mask) {
@@ -97,7 +97,7 @@ Tables *bpe_tables_new(const uint8_t *class_of, const uint16_t *byte_id, const u
     t->class_of = class_of;
     t->pair_mask = size - 1;
     memcpy(t->byte_id, byte_id, sizeof t->byte_id);
-    t->pairs = scattered(size * sizeof *t->pairs);
+    t->pairs = alloc_huge(size * sizeof *t->pairs);
     if (!t->pairs) {
         bpe_tables_free(t);
         return NULL;
@@ -127,8 +127,8 @@ Worker *bpe_worker_new(const Tables *tables) {
     Worker *w = calloc(1, sizeof *w);
     if (!w) return NULL;
     w->tables = tables;
-    w->shorts = scattered(SHORTS * sizeof(Short));
-    w->longs = scattered(LONGS * sizeof(Long));
+    w->shorts = alloc_huge(SHORTS * sizeof(Short));
+    w->longs = alloc_huge(LONGS * sizeof(Long));
     if (!w->shorts || !w->longs) {
         bpe_worker_free(w);
         return NULL;
@@ -140,18 +140,18 @@ Worker *bpe_worker_new(const Tables *tables) {
 
 /* ------------------------------------------------------------------------------------------------------ merging */
 
-#define FEW 256
+#define SCAN_MAX 256
 #define NONE UINT32_MAX
 
 static inline uint32_t candidate(const Tables *t, uint16_t left, uint16_t right, uint32_t at) {
     int32_t rank = merged(t, left, right);
-    return rank < 0 ? NONE : (uint32_t)rank << 8 | at; /* compares by rank, and for the same rank by place */
+    return rank < 0 ? NONE : (uint32_t)rank << 8 | at; /* orders by rank, then by position */
 }
 
-/* For pieces of up to FEW bytes: look for the best pair among all that are left, each time. */
-static uint32_t merge_few(const Tables *t, const uint8_t *s, uint32_t n, uint16_t *out) {
-    uint16_t id[FEW], next[FEW + 1], previous[FEW + 1];
-    uint32_t pair[FEW]; /* of what begins at byte i with what comes next; NONE where nothing begins any more */
+/* Up to SCAN_MAX bytes: scan all remaining pairs for the best one at each merge. */
+static uint32_t merge_scan(const Tables *t, const uint8_t *s, uint32_t n, uint16_t *out) {
+    uint16_t id[SCAN_MAX], next[SCAN_MAX + 1], previous[SCAN_MAX + 1];
+    uint32_t pair[SCAN_MAX]; /* of the token at byte i and the next one; NONE if no token begins there */
     for (uint32_t i = 0; i < n; i++) {
         id[i] = t->byte_id[s[i]];
         next[i] = (uint16_t)(i + 1);
@@ -166,11 +166,11 @@ static uint32_t merge_few(const Tables *t, const uint8_t *s, uint32_t n, uint16_
         uint32_t best = NONE;
         for (uint32_t i = 0; i < n; i++) best = pair[i] < best ? pair[i] : best;
         if (best == NONE) break;
-        uint32_t at = best & 0xFF, gone = next[at], after = next[gone];
+        uint32_t at = best & 0xFF, right = next[at], after = next[right];
         id[at] = (uint16_t)(best >> 8);
         next[at] = (uint16_t)after;
         previous[after] = (uint16_t)at;
-        pair[gone] = NONE;
+        pair[right] = NONE;
         pair[at] = after < n ? candidate(t, id[at], id[after], at) : NONE;
         if (at) pair[previous[at]] = candidate(t, id[previous[at]], id[at], previous[at]);
     }
@@ -179,8 +179,8 @@ static uint32_t merge_few(const Tables *t, const uint8_t *s, uint32_t n, uint16_
     return count;
 }
 
-/* A heap of rank << 32 | position: the lowest rank first, the leftmost of equals. */
-static void sink(uint64_t *heap, uint64_t n, uint64_t i) {
+/* A min-heap of rank << 32 | position. */
+static void sift_down(uint64_t *heap, uint64_t n, uint64_t i) {
     uint64_t value = heap[i];
     for (uint64_t child; (child = 2 * i + 1) < n; i = child) {
         if (child + 1 < n && heap[child + 1] < heap[child]) child++;
@@ -190,18 +190,18 @@ static void sink(uint64_t *heap, uint64_t n, uint64_t i) {
     heap[i] = value;
 }
 
-static void push(uint64_t *heap, uint64_t *n, uint64_t value) {
+static void heap_push(uint64_t *heap, uint64_t *n, uint64_t value) {
     uint64_t i = (*n)++;
     for (; i && heap[(i - 1) / 2] > value; i = (i - 1) / 2) heap[i] = heap[(i - 1) / 2];
     heap[i] = value;
 }
 
-/* For pieces of any length below 4 GiB: a linked list of what is left and a heap of pairs, some of them out of date. */
-static int64_t merge_many(const Tables *t, const uint8_t *s, uint64_t n, uint16_t *out) {
+/* Any length below 4 GiB: a linked list of tokens and a heap of pairs, which may hold stale pairs. */
+static int64_t merge_heap(const Tables *t, const uint8_t *s, uint64_t n, uint16_t *out) {
     if (n >= UINT32_MAX) return PIECE_TOO_LONG;
     uint32_t *next = malloc(n * sizeof *next), *previous = malloc(n * sizeof *previous);
-    uint64_t *heap = malloc(2 * n * sizeof *heap), heaped = 0; /* n - 1 at first; each merge takes one and adds two */
-    uint16_t *id = out; /* which has room for n */
+    uint64_t *heap = malloc(2 * n * sizeof *heap), heaped = 0; /* n - 1 initially; each merge removes one and adds up to two */
+    uint16_t *id = out; /* has room for n */
     int64_t count = NO_MEMORY;
     if (next && previous && heap) {
         for (uint64_t i = 0; i < n; i++) {
@@ -213,26 +213,26 @@ static int64_t merge_many(const Tables *t, const uint8_t *s, uint64_t n, uint16_
             int32_t rank = merged(t, id[i], id[i + 1]);
             if (rank >= 0) heap[heaped++] = (uint64_t)rank << 32 | i;
         }
-        for (uint64_t i = heaped / 2; i-- > 0;) sink(heap, heaped, i);
+        for (uint64_t i = heaped / 2; i-- > 0;) sift_down(heap, heaped, i);
         while (heaped) {
             uint64_t top = heap[0];
             heap[0] = heap[--heaped];
-            if (heaped) sink(heap, heaped, 0);
+            if (heaped) sift_down(heap, heaped, 0);
             uint32_t left = (uint32_t)top, right;
-            if (next[left] == 0) continue; /* swallowed by its left neighbour */
+            if (next[left] == 0) continue; /* merged into its left neighbour */
             right = next[left];
-            if (right >= n || merged(t, id[left], id[right]) != (int32_t)(top >> 32)) continue; /* changed since */
+            if (right >= n || merged(t, id[left], id[right]) != (int32_t)(top >> 32)) continue; /* stale */
             id[left] = (uint16_t)(top >> 32);
             next[left] = next[right];
             next[right] = 0;
             if (next[left] < n) {
                 previous[next[left]] = left;
                 int32_t rank = merged(t, id[left], id[next[left]]);
-                if (rank >= 0) push(heap, &heaped, (uint64_t)rank << 32 | left);
+                if (rank >= 0) heap_push(heap, &heaped, (uint64_t)rank << 32 | left);
             }
             if (left) {
                 int32_t rank = merged(t, id[previous[left]], id[left]);
-                if (rank >= 0) push(heap, &heaped, (uint64_t)rank << 32 | previous[left]);
+                if (rank >= 0) heap_push(heap, &heaped, (uint64_t)rank << 32 | previous[left]);
             }
         }
         count = 0;
@@ -244,7 +244,7 @@ static int64_t merge_many(const Tables *t, const uint8_t *s, uint64_t n, uint16_
     return count;
 }
 
-/* ------------------------------------------------------------------------------------------- remembering pieces */
+/* ------------------------------------------------------------------------------------------- caching pieces */
 
 static inline uint64_t mix(uint64_t a, uint64_t b) {
     __uint128_t product = (__uint128_t)(a ^ 0xA0761D6478BD642Full) * (b ^ 0xE7037ED1A0B428DBull);
@@ -255,14 +255,14 @@ typedef struct {
     const uint8_t *start;
     uint64_t length;
     uint64_t key[2]; /* of a short piece */
-    Short *slot;     /* two slots, of which one may hold it; NULL for a longer piece */
+    Short *slot;     /* two candidate slots; NULL for a longer piece */
 } Piece;
 
 static __attribute__((noinline)) uint16_t *merge_short(Worker *w, const Piece *p, uint16_t *out) {
     uint16_t id[16];
-    uint32_t n = merge_few(w->tables, p->start, (uint32_t)p->length, id);
+    uint32_t n = merge_scan(w->tables, p->start, (uint32_t)p->length, id);
     if (n <= 7) {
-        /* What came first stays, for it is likely common; the second slot is for the latest. */
+        /* The first piece keeps its slot, as it is likely common; the second slot holds the latest. */
         Short *slot = p->slot + (p->slot->key[1] != 0);
         slot->key[0] = p->key[0];
         slot->key[1] = p->key[1];
@@ -283,7 +283,7 @@ static __attribute__((noinline)) uint16_t *merge_long(Worker *w, const uint8_t *
             memcpy(out, slot->id, sizeof slot->id);
             return out + slot->n;
         }
-        uint32_t n = merge_few(w->tables, s, (uint32_t)length, out);
+        uint32_t n = merge_scan(w->tables, s, (uint32_t)length, out);
         if (n <= 15) {
             memcpy(slot->key, key, sizeof key);
             slot->n = (uint16_t)n;
@@ -291,8 +291,8 @@ static __attribute__((noinline)) uint16_t *merge_long(Worker *w, const uint8_t *
         }
         return out + n;
     }
-    if (length <= FEW) return out + merge_few(w->tables, s, (uint32_t)length, out);
-    int64_t n = merge_many(w->tables, s, length, out);
+    if (length <= SCAN_MAX) return out + merge_scan(w->tables, s, (uint32_t)length, out);
+    int64_t n = merge_heap(w->tables, s, length, out);
     if (n < 0) {
         w->error = n;
         return out;
@@ -314,7 +314,7 @@ static uint16_t *emit(Worker *w, const Piece *p, uint32_t n, uint16_t *out) {
             continue;
         }
         slot += first != 0;
-        memcpy(out, slot->id, sizeof slot->id); /* all 7, whatever n is: one store, and no branch */
+        memcpy(out, slot->id, sizeof slot->id); /* always 7: one store without a branch */
         out += slot->n;
     }
     return out;
@@ -322,7 +322,7 @@ static uint16_t *emit(Worker *w, const Piece *p, uint32_t n, uint16_t *out) {
 
 static const uint64_t LOW[9] = {0, 0xFF, 0xFFFF, 0xFFFFFF, 0xFFFFFFFF, 0xFFFFFFFFFF, 0xFFFFFFFFFFFF, 0xFFFFFFFFFFFFFF, UINT64_MAX};
 
-/* Look where a piece would be remembered; `limit` is the end of what may be read. */
+/* Compute a piece's key and prefetch its slots; `limit` is the end of readable memory. */
 static inline void prepare(Worker *w, Piece *p, const uint8_t *start, uint64_t length, const uint8_t *limit) {
     p->start = start;
     p->length = length;
@@ -349,7 +349,7 @@ static inline void prepare(Worker *w, Piece *p, const uint8_t *start, uint64_t l
 
 /* ------------------------------------------------------------------------------------------------------- pieces */
 
-/* One character: its code point, and its length in *length. Never reads at or past `end`, which is > p. */
+/* Decode one character: returns the code point, sets *length. Does not read at or after `end`, which is > p. */
 static inline uint32_t character(const uint8_t *p, const uint8_t *end, uint32_t *length) {
     uint32_t a = p[0];
     if (a < 0x80) return *length = 1, a;
@@ -367,9 +367,9 @@ static inline uint8_t class_at(const uint8_t *class_of, const uint8_t *p, const 
     return class_of[character(p, end, &length)];
 }
 
-/* Of 64 bytes, bit i for byte i. */
+/* Classes of 64 bytes; bit i is byte i. */
 typedef struct {
-    uint64_t letter, number, space; /* ASCII only at first */
+    uint64_t letter, number, space; /* initially of ASCII only */
     uint64_t blank, apostrophe, high; /* ' ', '\'', >= 0x80 */
 } Masks;
 
@@ -403,22 +403,21 @@ static inline Masks masks(const uint8_t *p) {
     return m;
 }
 
-/* What one block of 64 bytes leaves for the next. */
+/* State from one block of 64 bytes to the next. */
 typedef struct {
-    uint64_t letter, number, space, other, blank; /* bit 0: of its last byte; all 0 before a document */
-    uint64_t clear, set;                          /* borders that a contraction moved into the next block */
-    uint32_t rest;                                /* bytes of a character that goes on there */
-    uint8_t class;                                /* and its class */
+    uint64_t letter, number, space, other, blank; /* bit 0: class of the last byte; 0 before a document */
+    uint64_t clear, set;                          /* borders that a contraction moves into the next block */
+    uint32_t rest;                                /* bytes of a character that continues in the next block */
+    uint8_t class;                                /* its class */
 } Carry;
 
-/* The borders of a block, bit i set where byte i begins a piece; the first 64 bytes at p, of which those before `end` are
- * text, can be read at `from`. The pattern without looking for its alternatives one by one:
- * a piece begins where the class changes, a ' ' before anything but white space counting as what follows it; the last
- * character of a run of white space is a piece of its own, or goes with what follows it if it is ' ', unless the text
- * ends there. */
+/* The borders of a block: bit i is set where byte i begins a piece. `from` holds a readable copy of the 64 bytes at p, of
+ * which those before `end` are text. Equivalent to the pattern, without trying its alternatives:
+ * a piece begins where the class changes; a ' ' before another class belongs to the piece that follows; any other last
+ * character of a run of white space is a separate piece, unless the text ends there. */
 static inline uint64_t borders(const uint8_t *class_of, const uint8_t *from, const uint8_t *p, const uint8_t *end, Carry *carry) {
     Masks m = masks(from);
-    uint64_t last_high = 0; /* lead bytes of white space beyond ASCII that is the last of its run */
+    uint64_t last_high = 0; /* lead bytes of non-ASCII white space at the end of a run */
     uint64_t valid = end - p >= 64 ? UINT64_MAX : (1ull << (end - p)) - 1;
     if (UNLIKELY((m.high & valid) != 0)) {
         uint64_t todo = m.high & valid;
@@ -427,7 +426,7 @@ static inline uint64_t borders(const uint8_t *class_of, const uint8_t *from, con
         uint64_t bytes = rest ? (1ull << rest) - 1 : 0;
         carry->rest = 0;
         for (;;) {
-            /* a character's other bytes are of its class, so that nothing begins at them */
+            /* continuation bytes get the class of their character, so no piece begins at them */
             if (class == LETTER) m.letter |= bytes;
             if (class == NUMBER) m.number |= bytes;
             if (class == SPACE) m.space |= bytes;
@@ -446,7 +445,7 @@ static inline uint64_t borders(const uint8_t *class_of, const uint8_t *from, con
     } else {
         carry->rest = 0;
     }
-    uint64_t space = m.space | ~valid; /* the text's end does not end a run of white space */
+    uint64_t space = m.space | ~valid; /* a run of white space continues past the text's end */
     uint64_t other = ~(m.letter | m.number | space);
     uint64_t space_after = space >> 1;
     if (end - p <= 64 || class_at(class_of, p + 64, end) == SPACE) space_after |= 1ull << 63;
@@ -477,7 +476,7 @@ static inline uint64_t borders(const uint8_t *class_of, const uint8_t *from, con
     return border & valid;
 }
 
-#define AHEAD 256 /* pieces that are looked at together, so that what each needs from memory is there in time */
+#define AHEAD 256 /* pieces prepared together, so that prefetches complete before use */
 
 static uint16_t *pieces(Worker *w, const uint8_t *const *start, uint32_t n, const uint8_t *limit, uint16_t *out) {
     Piece piece[AHEAD];
@@ -485,12 +484,12 @@ static uint16_t *pieces(Worker *w, const uint8_t *const *start, uint32_t n, cons
     return emit(w, piece, n, out);
 }
 
-/* One document, encoded to `out`; what is behind its ids. `limit`, >= end, is the end of what may be read. */
+/* Encode one document to `out`; returns the end of its ids. `limit` >= end is the end of readable memory. */
 static uint16_t *document(Worker *w, const uint8_t *p, const uint8_t *end, const uint8_t *limit, uint16_t *out) {
     const uint8_t *start[AHEAD + 64 + 8];
     uint32_t n = 0;
     Carry carry = {0};
-    carry.set = 1; /* a text begins a piece */
+    carry.set = 1; /* a piece begins with the text */
     for (; p < end; p += 64) {
         uint8_t padded[64];
         const uint8_t *from = p;
@@ -501,7 +500,7 @@ static uint16_t *document(Worker *w, const uint8_t *p, const uint8_t *end, const
         }
         uint64_t border = borders(w->tables->class_of, from, p, end, &carry);
         uint32_t count = (uint32_t)__builtin_popcountll(border);
-        for (uint32_t i = 0; i < count; i += 8) /* eight at a time, some of them for nothing: fewer surprises */
+        for (uint32_t i = 0; i < count; i += 8) /* eight at a time: fewer branch mispredictions */
             for (uint32_t j = 0; j < 8; j++, border &= border - 1) start[n + i + j] = p + __builtin_ctzll(border | 1ull << 63);
         n += count;
         if (n > AHEAD) {
@@ -514,9 +513,9 @@ static uint16_t *document(Worker *w, const uint8_t *p, const uint8_t *end, const
     return n ? pieces(w, start, n, limit, out) : out;
 }
 
-/* Encode n documents, document i being data[offsets[i] .. offsets[i + 1]), with EOT before each one; before the first
- * only if it begins here and does not go on from elsewhere. `out` must have room for as many ids as there are bytes and
- * documents, and 16 more. The number of ids, or a negative error. */
+/* Encode n documents, document i being data[offsets[i] .. offsets[i + 1]), with EOT before each; before the first only if
+ * `begins`, that is if it does not continue an earlier document. `out` needs room for bytes + documents + 16 ids.
+ * Returns the number of ids, or a negative error. */
 int64_t bpe_encode(Worker *w, const uint8_t *data, const int64_t *offsets, int64_t n, int begins, uint16_t *out) {
     uint16_t *first = out;
     const uint8_t *limit = data + offsets[n];
@@ -528,14 +527,14 @@ int64_t bpe_encode(Worker *w, const uint8_t *data, const int64_t *offsets, int64
     return w->error ? w->error : out - first;
 }
 
-/* The first i whose bytes, as one piece, do not become the single id i by merging; -1: none. tiktoken takes a piece that
- * is a token as it is, without merging; that is the same thing only where this finds none. */
+/* The first token i whose bytes do not merge into i; -1 if none. tiktoken looks up a piece that is a token without merging
+ * it; that is equivalent only if this function returns -1. */
 int64_t bpe_first_unmergeable(const Tables *t, const uint8_t *data, const int64_t *offsets, int64_t n) {
-    uint16_t out[FEW];
+    uint16_t out[SCAN_MAX];
     for (int64_t i = 0; i < n; i++) {
         int64_t length = offsets[i + 1] - offsets[i];
-        if (length < 1 || length > FEW) return i;
-        if (merge_few(t, data + offsets[i], (uint32_t)length, out) != 1 || out[0] != i) return i;
+        if (length < 1 || length > SCAN_MAX) return i;
+        if (merge_scan(t, data + offsets[i], (uint32_t)length, out) != 1 || out[0] != i) return i;
     }
     return -1;
 }

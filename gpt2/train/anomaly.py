@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from gpt2.config.run import AnomalyConfig
+from gpt2.config.train import AnomalyConfig
 
 
 class Verdict(NamedTuple):

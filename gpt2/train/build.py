@@ -7,7 +7,8 @@ import sys
 import torch
 from torch import Tensor
 
-from gpt2.config.run import Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.kernels.fused_gpt import FusedGPT, accelerate

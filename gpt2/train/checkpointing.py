@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt2.config.run import TrainConfig
+from gpt2.config.train import TrainConfig
 from gpt2.distributed import World
 from gpt2.model.checkpoint import Checkpoints, Snapshot, TrainState, latest, write_checkpoint
 from gpt2.stage.torchrun import Interrupted

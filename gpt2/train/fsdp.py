@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor, init_device_mesh
 
-from gpt2.config.run import OptimConfig
+from gpt2.config.train import OptimConfig
 from gpt2.distributed import World
 from gpt2.model.gpt import GPT
 from gpt2.train.optim import build_optimizer

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from gpt2.config.run import ModelConfig, Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig, TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.kernels.block import Recompute

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from gpt2.config.run import OptimConfig
+from gpt2.config.train import OptimConfig
 
 
 def learning_rate(config: OptimConfig, max_steps: int, step: int) -> float:

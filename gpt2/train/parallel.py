@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from gpt2.config.run import OptimConfig
+from gpt2.config.train import OptimConfig
 from gpt2.distributed import World
 from gpt2.model.gpt import GPT
 from gpt2.train.optim import build_optimizer

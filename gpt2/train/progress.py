@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gpt2.config.run import TrainConfig
+from gpt2.config.train import TrainConfig
 from gpt2.model.checkpoint import TrainState
 from gpt2.stage.facts import Session
 

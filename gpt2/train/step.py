@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpt2.config.run import TrainConfig
+from gpt2.config.train import TrainConfig
 from gpt2.distributed import World
 from gpt2.train.anomaly import Verdict
 from gpt2.train.loader import Batch

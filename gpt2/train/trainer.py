@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from gpt2.config.run import TrainConfig
+from gpt2.config.train import TrainConfig
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.flops import mfu

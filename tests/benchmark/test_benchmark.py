@@ -23,7 +23,7 @@ from gpt2.benchmark.prompts import ReaderOutput, encode_jointly, encode_separate
 from gpt2.benchmark.readers import READERS
 from gpt2.benchmark.records import read_records
 from gpt2.config.benchmarks import Arc, Continuation, Core, HellaSwag, Lambada, Piqa, WikiText103, WinoGrande
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.config.sources import LocalFiles
 from gpt2.download.sources import identify
 from gpt2.errors import UserError

@@ -1,4 +1,4 @@
-"""The configuration refuses what is wrong, in the user's own terms, and carries the published recipes."""
+"""Validation of configurations, and the published recipes."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from gpt2.config import strict_yaml
 from gpt2.config.recipe import CONF, load, load_runtime, names, parse_overrides
-from gpt2.config.run import ModelConfig, OptimConfig, TrainConfig
+from gpt2.config.train import ModelConfig, OptimConfig, TrainConfig
 from gpt2.errors import UserError, without_credentials
 
 PUBLISHED_PARAMETERS = {"124m": 124_439_808, "350m": 354_823_168, "774m": 774_030_080, "1558m": 1_557_611_200}
@@ -66,7 +66,7 @@ def test_every_recipe_in_conf_is_valid() -> None:
         ({"download.source.revision": "main"}, "download.source.revision", "pattern"),
     ],
 )
-def test_a_mistake_is_named_with_its_path(override: dict[str, object], path: str, hint: str) -> None:
+def test_a_wrong_field_is_named_with_its_path(override: dict[str, object], path: str, hint: str) -> None:
     """A typo that is silently ignored trains the wrong thing for an hour."""
     with pytest.raises(UserError) as caught:
         load("124m", override)
@@ -114,7 +114,7 @@ def test_min_lr_above_max_lr_is_refused() -> None:
         OptimConfig(max_lr=0.01, min_lr=0.1)
 
 
-def test_padded_vocabulary() -> None:
+def test_the_vocabulary_is_padded_to_a_multiple_of_128() -> None:
     model = ModelConfig(n_layer=12, n_head=12, n_embd=768)
     assert model.padded_vocab_size == 50_304
     train = TrainConfig(model=model, optim=OptimConfig(max_lr=6e-4), max_steps=1000)
@@ -142,13 +142,13 @@ def test_a_number_with_an_exponent_is_a_number(value: str) -> None:
 
 
 def _numbers(tree: dict[str, Any], path: str = "") -> list[str]:
-    found = []
+    fields = []
     for key, value in tree.items():
         if isinstance(value, dict):
-            found += _numbers(value, f"{path}{key}.")
+            fields += _numbers(value, f"{path}{key}.")
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found.append(f"{path}{key}")
-    return found
+            fields.append(f"{path}{key}")
+    return fields
 
 
 def test_no_numeric_field_accepts_a_boolean_or_text() -> None:

@@ -21,7 +21,7 @@ from hub_server import REVISION, Dataset, Fault, HubServer
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.config.sources import HubFiles, HubShards, LocalFiles
 from gpt2.download import hub_download
 from gpt2.download.retries import Retrier, RetryPolicy

@@ -18,7 +18,9 @@ from tiny_run import make_shards, run, start
 from gpt2.benchmark import stage as benchmark
 from gpt2.benchmark.examples import load
 from gpt2.config.benchmarks import Continuation
-from gpt2.config.run import EvaluateConfig, ModelConfig, Runtime
+from gpt2.config.run import EvaluateConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.errors import UserError
 from gpt2.evaluate.evaluator import Evaluator, digits, eval_settings

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt2.benchmark.examples import Description, Example, Examples, Part, ScoredSequence, load, pack, save
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.distributed import SINGLE_PROCESS, World
 from gpt2.errors import UserError
 from gpt2.evaluate.multiple_choice import predict, score, score_benchmark

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.evaluate.token_losses import CHUNK_TOKENS, autocast, losses_at, token_losses
 from gpt2.model.gpt import GPT
 from gpt2.model.weights import load_hf

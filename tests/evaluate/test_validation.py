@@ -10,7 +10,7 @@ import torch
 from processes import run_processes
 from torch.nn import functional as F
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.distributed import SINGLE_PROCESS, World
 from gpt2.errors import UserError
 from gpt2.evaluate.validation import val_loss

@@ -23,7 +23,7 @@ from trained_store import store_with_a_training
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, pipeline
 
 from gpt2.architecture import resolve
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.export import hf as export
 from gpt2.export import model_card

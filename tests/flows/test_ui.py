@@ -19,7 +19,7 @@ from waiting import free_port, wait_for
 from flows.server_process import answers, start_server
 from flows.services import mlflow_module
 from gpt2.config.recipe import load
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.plan import plan, prepare
 from tasks.mlflow_sync import MlflowRunSync
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import sample as bench_sample
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.generate import cuda_graph, sample
 from gpt2.generate.cuda_graph import CudaGraphSampler

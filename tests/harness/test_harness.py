@@ -22,7 +22,8 @@ from paths import FIXTURES, SHARED_DATA
 
 from bench import harness_agreement as agreement
 from gpt2.config.recipe import load
-from gpt2.config.run import ModelConfig, Runtime
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.evaluate.evaluator import Evaluator, eval_settings
 from gpt2.harness import lm_eval as harness
@@ -110,7 +111,7 @@ def test_the_same_log_probabilities(model: Path, tmp_path: Path) -> None:
     """Would catch: choices that agree by luck."""
     from gpt2.benchmark.examples import load
     from gpt2.benchmark.stage import prepare_files
-    from gpt2.config.run import Runtime
+    from gpt2.config.runtime import Runtime
     from gpt2.distributed import SINGLE_PROCESS
     from gpt2.evaluate.sequence_losses import sequence_losses
     from gpt2.model.load import load_any

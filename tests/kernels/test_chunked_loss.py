@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.kernels.chunked_loss import CHUNK, ChunkedLossGPT
 from gpt2.model.gpt import GPT, IGNORE
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from bench.loss_check import TrainRun, check, losses_of, real_batches, zipf_tokens
-from gpt2.config.run import ModelConfig, OptimConfig, Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig, OptimConfig, TrainConfig
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.kernels import triton_or_none
 from gpt2.kernels.block import Recompute

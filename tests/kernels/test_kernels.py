@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.kernels import (
     attention,

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpt2.config.run import CheckpointConfig, ModelConfig
+from gpt2.config.train import CheckpointConfig, ModelConfig
 from gpt2.errors import UserError
 from gpt2.model.checkpoint import (
     Checkpoints,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.flops import flops_per_token, mfu, peak_flops
 from gpt2.model.gpt import GPT
 

@@ -10,7 +10,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2.architecture import is_llmc
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.model.gpt import GPT
 from gpt2.model.llmc import read_llmc, write_llmc

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpt2.architecture import hf_config, read_hf_config
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.model.checkpoint import load_model, save_model
 from gpt2.model.gpt import GPT

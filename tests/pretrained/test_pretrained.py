@@ -13,7 +13,8 @@ import torch
 from hub_server import REVISION, Dataset, HubServer
 
 from gpt2.benchmark import stage as benchmark
-from gpt2.config.run import RunConfig, Runtime
+from gpt2.config.run import RunConfig
+from gpt2.config.runtime import Runtime
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.download import stage as download
 from gpt2.errors import UserError

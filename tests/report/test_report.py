@@ -19,7 +19,8 @@ from fixtures.report_store import Store
 from paths import FIXTURES, ROOT
 
 from gpt2.config.recipe import load, parse_overrides
-from gpt2.config.run import RunConfig, Runtime
+from gpt2.config.run import RunConfig
+from gpt2.config.runtime import Runtime
 from gpt2.config.strict_yaml import dump
 from gpt2.errors import UserError
 from gpt2.plan import plan, plan_baseline, prepare

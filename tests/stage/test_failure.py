@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.distributed import World
 from gpt2.errors import UserError
 from gpt2.plan import prepare

@@ -11,7 +11,7 @@ import torch
 from test_evaluate import evaluation, tiny_model, trained, words_everywhere  # noqa: F401
 from tiny_run import CONFIG, make_shards
 
-from gpt2.config.run import TrainConfig
+from gpt2.config.train import TrainConfig
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.download.sources import weight_files, weights_sha256
 from gpt2.errors import UserError

@@ -16,7 +16,7 @@ from waiting import wait_for, written
 
 from gpt2 import version
 from gpt2.atomic import atomic_write, write_text
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.errors import UserError
 from gpt2.plan import prepare
 from gpt2.stage.directory import Provenance, StageDir, is_finished, main

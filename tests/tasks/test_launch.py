@@ -11,7 +11,7 @@ import pytest
 from waiting import gone, wait_for, written
 
 from gpt2 import machine
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.errors import UserError
 from gpt2.machine import Gpu
 from gpt2.stage.failure import Failure, write_failure

@@ -20,7 +20,7 @@ import pytest
 from trained_store import store_with_a_training
 from waiting import free_port
 
-from gpt2.config.run import ModelConfig
+from gpt2.config.train import ModelConfig
 from gpt2.errors import UserError
 from gpt2.generate.sample import stream
 from gpt2.model.gpt import GPT

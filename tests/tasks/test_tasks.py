@@ -14,7 +14,7 @@ import pytest
 from prefect import flow
 from prefect.artifacts import Artifact as PrefectArtifact
 
-from gpt2.config.run import Runtime
+from gpt2.config.runtime import Runtime
 from gpt2.errors import UserError
 from gpt2.stage.manifest import MANIFEST, Manifest, OtherVersion, Request, read_model, write_model
 from gpt2.stage.metrics import MetricsWriter, cut_after_step

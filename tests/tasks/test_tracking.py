@@ -20,7 +20,8 @@ from waiting import free_port, wait_for
 
 from flows.services import run_summary
 from gpt2.config.recipe import load
-from gpt2.config.run import RunConfig, Runtime
+from gpt2.config.run import RunConfig
+from gpt2.config.runtime import Runtime
 from gpt2.plan import Plan, plan, prepare
 from gpt2.stage.directory import StageDir
 from gpt2.stage.facts import TrainFacts

@@ -19,7 +19,8 @@ from tiny_run import assert_same, faulty, make_run, make_shards, result, run, se
 from torch import nn
 
 from bench.loss_check import TrainRun, zipf_tokens
-from gpt2.config.run import ModelConfig, OptimConfig, Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig, OptimConfig, TrainConfig
 from gpt2.distributed import SINGLE_PROCESS, World
 from gpt2.train.parallel import partition_parameters
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gpt2.config.recipe import load
-from gpt2.config.run import ModelConfig, Runtime, TrainConfig
+from gpt2.config.runtime import Runtime
+from gpt2.config.train import ModelConfig, TrainConfig
 from gpt2.distributed import SINGLE_PROCESS, World
 from gpt2.errors import UserError
 from gpt2.kernels.head import Fp8Head, Head

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from gpt2.config.run import OptimConfig
+from gpt2.config.train import OptimConfig
 from gpt2.model.gpt import GPT, ModelConfig
 from gpt2.train.optim import build_optimizer, learning_rate, parameter_groups
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_run import CONFIG, assert_same, faulty, lines, make_run, make_shards, result, run, set_runtime, steps
 
-from gpt2.config.run import AnomalyConfig, ModelConfig, TrainConfig
+from gpt2.config.train import AnomalyConfig, ModelConfig, TrainConfig
 from gpt2.machine import AUTOTUNE_CACHE, keep_compiled, user_cache
 from gpt2.model.checkpoint import load_model, save_model
 from gpt2.model.gpt import GPT
