@@ -27,7 +27,7 @@ def error_message(error: BaseException) -> str:
     """The text of a UserError, the reason and file of an OSError, type and text of any other exception."""
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError) and str(error):
         return describe(error)
     return presentable("".join(traceback.format_exception_only(error)).strip())
 

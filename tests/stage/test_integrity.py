@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evaluate import evaluation, tiny_model, trained, words_everywhere  # noqa: F401
+from tiny_evaluation import evaluation, tiny_model, trained, words_everywhere  # noqa: F401
 from tiny_run import CONFIG, make_shards
 
 from gpt2.config.train import TrainConfig

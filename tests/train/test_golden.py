@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from test_evaluate import evaluation, words_everywhere  # noqa: F401  the second is a fixture
-from test_loader import write_shards
+from tiny_evaluation import evaluation, words_everywhere  # noqa: F401  the second is a fixture
 from tiny_run import lines, make_run, run
+from token_shards import write_shards
 
 from gpt2.distributed import SINGLE_PROCESS
 from gpt2.evaluate.stage import Scores, work

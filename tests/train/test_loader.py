@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from token_shards import write_shards
 from torch import distributed as dist
 
 from gpt2.distributed import SINGLE_PROCESS, World
 from gpt2.errors import UserError
-from gpt2.shards import ShardWriter
 from gpt2.tokenizer import EOT
 from gpt2.train.loader import (
     Loader,
@@ -24,20 +24,6 @@ from gpt2.train.loader import (
     permute,
     write_aligned_starts,
 )
-
-
-def write_shards(folder: Path, sizes: list[int], seed: int, document: int = 40) -> list[Path]:
-    """Shards whose token at place i of the stream is i, but for <|endoftext|> at random document starts."""
-    rng = np.random.default_rng(seed)
-    stream = np.arange(sum(sizes)) % 50_000
-    starts = np.cumsum(rng.integers(1, 2 * document, size=len(stream)))
-    stream[[0, *starts[starts < len(stream)]]] = EOT
-    paths = []
-    for number, part in enumerate(np.split(stream.astype(np.uint16), np.cumsum(sizes)[:-1])):
-        paths.append(folder / f"text_train_{number + 1:06d}.bin")
-        with ShardWriter(paths[-1]) as shard:
-            shard.write(part)
-    return paths
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4096, 4097, 100_003])
