@@ -137,11 +137,11 @@ def resolve_runtime(
             f"{best.bytes_per_sequence / GB:.2f} GB per sequence of {config.model.block_size:,} tokens; "
             f"{available / GB:.1f} GB of each GPU are usable: {_advice(runtime, world)}"
         )
-    micro_batch_size = runtime.micro_batch_size
-    if micro_batch_size == "auto":
+    if runtime.micro_batch_size == "auto":
         limit = max_micro_batch(config.model, world, fits, tuned=best.sharding != "fsdp")
         micro_batch_size = candidates(sequences_per_rank, limit)[0]
-    micro_batch_size = min(int(micro_batch_size), sequences_per_rank)
+    else:
+        micro_batch_size = min(runtime.micro_batch_size, sequences_per_rank)
     resolved = runtime.model_copy(
         update={
             "precision": precision,
