@@ -150,7 +150,11 @@ class MlflowRunSync:
         try:
             common = upload.compare()
         except HistoryMismatch as mismatch:
-            if has_record:
+            if has_record and TRAIN_DIGEST in run.data.tags:
+                self._replaces = self._replaces or f"{run.info.run_id}: an earlier training at the same address"
+                if run.info.status == "RUNNING":  # set when this session started, before its first loss
+                    self.mlflow.set_terminated(run.info.run_id, status="FINISHED")
+            elif has_record:
                 self._abandon(run, mismatch.step, upload.last_step)
             return False
         uploads[run.info.run_id] = upload

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,6 +200,29 @@ def test_weights_trained_again_get_a_run_of_their_own(pipeline: Pipeline) -> Non
     other.sync()
     assert other.run_id == second
     assert client(pipeline.store).get_run(second).data.metrics["evaluate/val_loss"] == 2.0
+
+
+def test_a_repeated_training_leaves_the_finished_run_as_it_is(pipeline: Pipeline) -> None:
+    """Bug: the run that a registered model points to is renamed "abandoned at step 1" and ends as KILLED."""
+    pipeline.run()
+    mlflow_run = pipeline.mlflow_run()
+    mlflow_run.sync()
+    mlflow_run.set_status("FINISHED")
+    first = mlflow_run.run_id
+    assert first
+    name = client(pipeline.store).get_run(first).info.run_name
+    shutil.rmtree(pipeline.metrics.parent)
+    mlflow_run = pipeline.mlflow_run()
+    mlflow_run.sync()
+    mlflow_run.set_status("RUNNING")  # as a session does before the first step
+    write_steps(pipeline.metrics, 1, 3, offset=0.25)
+    mlflow_run.sync()
+    assert mlflow_run.run_id != first
+    finished = client(pipeline.store).get_run(first)
+    assert (finished.info.run_name, finished.info.status) == (name, "FINISHED")
+    assert ABANDONED not in finished.data.tags
+    repeated = client(pipeline.store).get_run(str(mlflow_run.run_id))
+    assert repeated.data.tags[REPLACES].startswith(first)
 
 
 @pytest.mark.parametrize("new_session", [True, False])
