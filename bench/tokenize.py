@@ -307,6 +307,9 @@ def main(arguments: list[str]) -> None:
         files, folder, cache, workers, shard_tokens = json.loads(options.plain)
         plain(files, Path(folder), Path(cache), workers, shard_tokens)
         return
+    for file in options.files:
+        if file.suffix != ".parquet":
+            parser.error(f"{file} is not a .parquet file: the plain method reads parquet only")
     with tempfile.TemporaryDirectory(prefix="bench-tokenize-", dir=Path.cwd()) as scratch:
         files = options.files or [default_text(Path(scratch))]
         print(compare(files, Path(scratch), options.workers, options.repeat), flush=True)

@@ -117,9 +117,16 @@ def configure(
     if store:
         overrides["runtime.store"] = store
     config, settings = load(recipe, overrides), load_runtime(runtime, overrides)
-    parent = next(path for path in (settings.store, *settings.store.parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"the store {settings.store} cannot be written: change {parent}, or give runtime.store=FOLDER")
+    try:
+        settings.store.mkdir(parents=True, exist_ok=True)
+        writable = os.access(settings.store, os.W_OK | os.X_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise UserError(
+            f"the store {settings.store} cannot be written: change the folder that holds it, or give "
+            f"runtime.store=FOLDER"
+        )
     return config, settings
 
 

@@ -161,9 +161,15 @@ def read_model(path: Path, model: type[M]) -> M:
         if first["type"] == "json_invalid":
             raise Damaged(f"{path} is damaged ({first['msg']}): delete it and run again") from error
         field = ".".join(str(part) for part in first["loc"]) or model.__name__
+        writer = _writer(path, content)
+        if writer == code_version():
+            raise OtherVersion(
+                f"{path}: {field}: {first['msg']}; the file was changed after this version wrote it: restore it, or "
+                f"delete it to do this stage again"
+            ) from error
         raise OtherVersion(
-            f"{path}: {field}: {first['msg']}; version {_writer(path, content)} wrote it, this is {code_version()}: "
-            f"use that version, or another store (runtime.store), or delete the file to do this stage again"
+            f"{path}: {field}: {first['msg']}; version {writer} wrote it, this is {code_version()}: use that version, "
+            f"or another store (runtime.store), or delete the file to do this stage again"
         ) from error
 
 
