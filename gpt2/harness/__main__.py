@@ -7,4 +7,5 @@ from gpt2.stage.directory import main
 
 if len(sys.argv) == 2 and Path(sys.argv[1]).is_dir():
     main(stage.work)
-command(lambda: lm_eval.main(sys.argv[1:]))
+else:
+    command(lambda: lm_eval.main(sys.argv[1:]))

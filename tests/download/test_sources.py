@@ -192,6 +192,8 @@ def test_installed_docs_do_not_follow_other_packages(tmp_path: Path, monkeypatch
         folder.mkdir(parents=True)
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n\nText.\n")
         (folder / "RECORD").write_text(f"{name}/__init__.py,sha256=AAAA,4\n")
+        (site / name).mkdir()  # importlib.metadata leaves out files that do not exist
+        (site / name / "__init__.py").write_text("4321")
 
     monkeypatch.syspath_prepend(str(site))
     install("something_new", "1.0")
