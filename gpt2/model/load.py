@@ -72,7 +72,7 @@ def load_init(model: GPT, path: str, sha256: str | None = None) -> None:
     if sha256 is not None and (found := weights_sha256(files, [sha256_file(file) for file in files])) != sha256:
         raise UserError(
             f"train.init_from: {path} changed since the run was planned: sha256 {sha256} then, {found} now; "
-            "put the weights back, or run again, it is planned anew"
+            "restore the weights, or run the recipe again, which plans it again"
         )
     load_hf(model, read_any(Path(path).expanduser())[1])
     if [Stamp.of(file) for file in files] != before:
