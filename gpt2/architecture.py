@@ -120,7 +120,7 @@ def read_hf_config(path: Path) -> ModelConfig:
     try:
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: a model folder holds config.json beside model.safetensors") from None
+        raise UserError(f"{path} is missing: a model folder holds config.json and model.safetensors") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("model_type") != "gpt2":

@@ -120,4 +120,4 @@ def _read_folder(folder: Path) -> dict[str, Tensor]:
                 f"{folder / PICKLED} is damaged, or holds more than weights, such as code, and is not loaded: take a "
                 f"copy of the model as {WEIGHTS}"
             ) from None
-    raise UserError(f"{folder} has a {MODEL_CONFIG} but no {WEIGHTS}: copy the weights beside it")
+    raise UserError(f"{folder} has a {MODEL_CONFIG} but no {WEIGHTS}: copy the weights into it")

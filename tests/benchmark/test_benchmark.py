@@ -502,7 +502,7 @@ GOLDEN = {
 @pytest.mark.parametrize("name", GOLDEN)
 def test_prepared_bytes_are_the_versions(tmp_path: Path, name: str) -> None:
     """Would catch: a change of what a reader makes (a rule of de-tokenizing, a prompt, CORE's examples in the prompt)
-    without a new version in gpt2/stages.py, which would leave old files in use as if nothing had changed."""
+    without a new version in gpt2/stage/table.py, which would leave old files in use as if nothing had changed."""
     prepared = golden_case(name, tmp_path)
     description = Description(kind="x", prompt=prepared.prompt, origin="", parts=prepared.parts)
     save(pack(description, prepared.examples), tmp_path)

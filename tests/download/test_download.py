@@ -285,7 +285,7 @@ def test_wrong_bytes_of_a_small_file_are_seen_by_its_git_hash(server: HubServer,
 
 
 def test_gives_up_after_bounded_tries_and_keeps_what_came(server: HubServer, tmp_path: Path) -> None:
-    """Catches: trying for ever; the count starting anew though nothing new came; the part thrown away."""
+    """Catches: trying for ever; the count restarting without new bytes; the part thrown away."""
     server.faults["sample/a.parquet"] = [Fault("cut", after=70_000)]
     server.always["sample/a.parquet"] = Fault("status", 503)
     with pytest.raises(UserError, match=r"could not download sample/a\.parquet .*4 tries in a row.*503"):
@@ -367,7 +367,7 @@ def test_a_file_shorter_than_listed_is_an_error(server: HubServer, tmp_path: Pat
 
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_midway_it_goes_on_at_the_byte(server: HubServer, tmp_path: Path, seed: int) -> None:
-    """Catches: finished files fetched again after kill -9, a part started anew, a part taken for a whole file."""
+    """Catches: finished files fetched again after kill -9, a part restarted from byte 0 or taken for a whole file."""
     print("seed", seed)
     rng = random.Random(seed)
     files = {f"f{i}.jsonl.gz": content(10 + i, rng.randrange(300_000, 600_000)) for i in range(5)}

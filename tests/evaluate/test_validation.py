@@ -79,7 +79,7 @@ def test_a_short_shard_is_used_to_its_end_and_the_caller_told(shard: Path, strea
 
 
 def test_several_shards_are_one_stream(tmp_path: Path, stream: np.ndarray) -> None:
-    """Would catch: windows that start anew at each shard, or only the first shard being read."""
+    """Would catch: windows that restart at each shard, or only the first shard being read."""
     parts = [write_shard(tmp_path / f"x_val_00000{i}.bin", part) for i, part in enumerate(np.split(stream, [700, 900]))]
     whole = write_shard(tmp_path / "whole_val_000000.bin", stream)
     assert val_loss(tiny_model(), parts, 1500, 4, SINGLE_PROCESS) == val_loss(

@@ -123,7 +123,7 @@ def test_cores_are_shared_among_the_processes(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_freed_memory_is_kept_where_the_processor_trains(tmp_path: Path, four_gpus: None) -> None:
-    """Asking the kernel for the logits' memory anew at each step doubles the time of the step."""
+    """Bug: the kernel maps the logits' memory again at each step, which doubles the step's time."""
     assert launch.environment(STAGES["train"], Runtime(gpus=0))["MALLOC_MMAP_MAX_"] == "0"
     assert "MALLOC_MMAP_MAX_" not in launch.environment(STAGES["train"], Runtime())
     assert "MALLOC_MMAP_MAX_" not in launch.environment(STAGES["tokenize"], Runtime(gpus=0))

@@ -1,8 +1,8 @@
 """Golden values of training and evaluation: a change of what they compute that comes without a new version of the
 stage would be taken from the cache for some users and not for others.
 
-When a change is meant: raise the version of `train` or `evaluate` in gpt2/stages.py, then copy the new values. Integers
-are exact. Floats have a tolerance that is above the differences between CPUs and torch versions.
+When a change is meant: raise the version of `train` or `evaluate` in gpt2/stage/table.py, then copy the new values.
+Integers are exact. Floats have a tolerance that is above the differences between CPUs and torch versions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def test_golden_order_of_training_data(tmp_path: Path) -> None:
     found["tokens"] = digest(batch.idx.numpy(), batch.targets.numpy())
     found["starts"] = digest(aligned_starts(orders["aligned"].stream, 64))
     assert STAGES["train"].version == 1
-    assert found == ORDERS, "raise train's version in gpt2/stages.py"
+    assert found == ORDERS, "raise train's version in gpt2/stage/table.py"
 
 
 def test_golden_training(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_golden_training(tmp_path: Path) -> None:
     found = lines(directory / "metrics.jsonl")
     weights = load_file(directory / StageDir(directory).facts(TrainFacts).checkpoint / "model.safetensors")
     assert STAGES["train"].version == 1
-    why = "raise train's version in gpt2/stages.py"
+    why = "raise train's version in gpt2/stage/table.py"
     for name, values in TRAINING.items():
         assert [line[name] for line in found if name in line] == pytest.approx(values, abs=5e-4), why
     norms = {name: tensor.norm().item() for name, tensor in weights.items() if name in NORMS}
@@ -71,7 +71,7 @@ def test_golden_evaluation(tmp_path: Path) -> None:
     facts = StageDir(directory).facts(EvaluateFacts)
     chosen = read_model(directory / "scores.json", Scores).benchmarks["held-out"].chosen["continuation"]
     assert STAGES["evaluate"].version == 1
-    why = "raise evaluate's version in gpt2/stages.py"
+    why = "raise evaluate's version in gpt2/stage/table.py"
     assert (facts.val_tokens, facts.scores["held-out"].figures()) == (500, {"acc": 0.25, "acc_norm": 0.25}), why
     assert facts.val_loss == pytest.approx(14.27048, abs=1e-3), why
     assert (chosen.labels, chosen.by_sum, chosen.by_mean) == ("332021312332", "321003123031", "321003123031"), why
